@@ -1,0 +1,204 @@
+"""Scoped hooks on a Hugging Face decoder: one place where sites become modules and edits become assignments.
+
+1. `Layout.of` finds the modules once and refuses a decoder it does not recognise.
+2. `hooked` registers, for the span of a `with`, edits first and reads after them; all are removed on any exit.
+Edits are assignments into tensors of the running pass, so an edit with the pass's own values changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CotfaithError
+from ..sites import ActivationEdit, Site
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """The modules of one decoder layer at whose input or output the sites lie."""
+
+    layer: nn.Module
+    attention: nn.Module
+    attn_out: nn.Module
+    mid_norm: nn.Module
+    mlp_out: nn.Module
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a decoder keeps its layers, final norm and unembedding."""
+
+    decoder: nn.Module
+    layers: tuple[LayerModules, ...]
+    norm: nn.Module
+    unembed: nn.Module
+
+    @classmethod
+    def of(cls, model: Any) -> Layout:
+        """Layout of a Llama-class `model`; CotfaithError names the module that is missing."""
+        decoder = model.get_decoder()
+        unembed = model.get_output_embeddings()
+        for name in ("layers", "norm"):
+            if not hasattr(decoder, name):
+                raise CotfaithError(
+                    f"{type(model).__name__} has no {name!r} where Llama-class decoders keep it; "
+                    "load it with backend='transformer_lens'."
+                )
+        return cls(decoder, tuple(_layer_modules(layer) for layer in decoder.layers), decoder.norm, unembed)
+
+
+def _layer_modules(layer: Any) -> LayerModules:
+    missing = [name for name in ("self_attn", "mlp", "post_attention_layernorm") if not hasattr(layer, name)]
+    if missing or not hasattr(layer.self_attn, "o_proj"):
+        raise CotfaithError(
+            f"{type(layer).__name__} lacks {', '.join(missing) or 'self_attn.o_proj'}: not a Llama-class layer; "
+            "load the model with backend='transformer_lens'."
+        )
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        return LayerModules(
+            layer,
+            layer.self_attn,
+            layer.post_attention_layernorm,
+            layer.pre_feedforward_layernorm,
+            layer.post_feedforward_layernorm,
+        )
+    return LayerModules(layer, layer.self_attn, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
+
+
+@dataclass(frozen=True)
+class RowEdit:
+    """An ActivationEdit applied to rows `[start, stop)` of a pass whose first token stands at `offset`."""
+
+    edit: ActivationEdit
+    rows: slice
+    offset: int
+
+
+@contextmanager
+def hooked(
+    layout: Layout, *, d_head: int, edits: Sequence[RowEdit] = (), read: Sequence[Site] = ()
+) -> Iterator[dict[Site, Tensor]]:
+    """Apply `edits` and collect `read` during the forwards inside; raises when a hook never fired."""
+    store: dict[Site, Tensor] = {}
+    fired: set[int] = set()
+    cuts: dict[int, list[RowEdit]] = defaultdict(list)
+    with ExitStack() as stack:
+        for number, row_edit in enumerate(edits):
+            site = row_edit.edit.site
+            if row_edit.edit.op == "knockout":
+                cuts[site.layer].append(row_edit)
+                continue
+            _attach(stack, layout, site, d_head, _editor(row_edit, fired, number))
+        for layer, layer_cuts in cuts.items():
+            handle = layout.layers[layer].layer.register_forward_pre_hook(_cutter(layer_cuts), with_kwargs=True)
+            stack.callback(handle.remove)
+        for site in read:
+            _attach(stack, layout, site, d_head, _reader(store, site))
+        yield store
+        expected = {number for number, row_edit in enumerate(edits) if row_edit.edit.op != "knockout"}
+        silent = [str(edits[number].edit) for number in expected - fired] + [str(s) for s in read if s not in store]
+        if silent:
+            raise CotfaithError(f"These hooks never fired: {'; '.join(silent)}; check layer and site.")
+
+
+def _attach(stack: ExitStack, layout: Layout, site: Site, d_head: int, act: Callable[[Tensor], None]) -> None:
+    """Call `act` on the tensor of `site`, viewed in the layout of sites.py, each time the pass computes it."""
+    if not 0 <= site.layer < len(layout.layers):
+        raise CotfaithError(f"{site} does not exist: the model has layers 0 to {len(layout.layers) - 1}.")
+    modules = layout.layers[site.layer]
+    projection: Any = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "z": "o_proj"}.get(site.kind)
+    if projection is not None:
+        module = getattr(modules.attention, projection, None)
+        if module is None:
+            raise CotfaithError(f"{site}: this architecture fuses q, k and v; read z or the residual sites instead.")
+        if site.kind == "z":
+            handle = module.register_forward_pre_hook(lambda _, args: act(_heads(args[0], d_head)))
+        else:
+            handle = module.register_forward_hook(lambda _, args, out: act(_heads(out, d_head)))
+    elif site.kind == "pattern":
+        handle = modules.attention.register_forward_hook(lambda _, args, out: act(out[1]))
+    elif site.kind == "resid_pre":
+        handle = modules.layer.register_forward_pre_hook(_on_hidden(act), with_kwargs=True)
+    elif site.kind == "resid_mid":
+        handle = modules.mid_norm.register_forward_pre_hook(lambda _, args: act(args[0]))
+    else:
+        module = {"resid_post": modules.layer, "attn_out": modules.attn_out, "mlp_out": modules.mlp_out}[site.kind]
+        handle = module.register_forward_hook(lambda _, args, out: act(out if isinstance(out, Tensor) else out[0]))
+    stack.callback(handle.remove)
+
+
+def _heads(flat: Tensor, d_head: int) -> Tensor:
+    return flat.view(*flat.shape[:-1], -1, d_head)
+
+
+def _on_hidden(act: Callable[[Tensor], None]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        act(args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _editor(row_edit: RowEdit, fired: set[int], number: int) -> Callable[[Tensor], None]:
+    edit = row_edit.edit
+
+    def act(tensor: Tensor) -> None:
+        positions = torch.tensor(edit.positions, device=tensor.device) - row_edit.offset
+        index: Any = (row_edit.rows, positions)
+        if edit.site.head is not None:
+            index = (*index, edit.site.head)
+        if edit.op == "zero":
+            tensor[index] = 0
+        else:
+            value = edit.value.to(device=tensor.device, dtype=tensor.dtype)
+            if value.shape != tensor[index].shape[1:]:
+                raise CotfaithError(
+                    f"{edit}: value has shape {tuple(value.shape)}, the site needs {tuple(tensor[index].shape[1:])}."
+                )
+            tensor[index] = value if edit.op == "replace" else tensor[index] + value
+        fired.add(number)
+
+    return act
+
+
+def _reader(store: dict[Site, Tensor], site: Site) -> Callable[[Tensor], None]:
+    def act(tensor: Tensor) -> None:
+        if site.head is not None:
+            tensor = tensor[:, site.head] if site.kind == "pattern" else tensor[..., site.head, :]
+        store[site] = tensor.clone()
+
+    return act
+
+
+def _cutter(cuts: Sequence[RowEdit]) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Layer pre-hook that takes the cut edges out of whatever mask the model made for itself."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        mask = kwargs.get("attention_mask")
+        offset = cuts[0].offset
+        n_query = hidden.shape[1]
+        n_key = n_query + offset if mask is None else mask.shape[-1]
+        n_head = getattr(module, "self_attn").config.num_attention_heads  # noqa: B009
+        blocked = torch.zeros(hidden.shape[0], n_head, n_query, n_key, dtype=torch.bool, device=hidden.device)
+        for cut in cuts:
+            heads = slice(None) if cut.edit.site.head is None else cut.edit.site.head
+            for query in cut.edit.positions:
+                keys = [key for key in cut.edit.keys if key != query]
+                blocked[cut.rows, heads, query - offset, keys] = True
+        if mask is None:
+            queries = torch.arange(n_query, device=hidden.device)[:, None] + offset
+            mask = (queries >= torch.arange(n_key, device=hidden.device))[None, None]
+        if mask.dtype == torch.bool:
+            mask = mask & ~blocked
+        else:
+            mask = mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+        return args, {**kwargs, "attention_mask": mask}
+
+    return hook

@@ -1,0 +1,89 @@
+"""The text side that all in-process backends share: identity, encoding, chat template, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..chains import Encoding
+from ..errors import CotfaithError
+from ..model import BackendName, ModelInfo
+from .weights import Weights
+
+
+class TextSide:
+    """Encode, decode, render and generate with the model's own tokenizer and template."""
+
+    def __init__(self, weights: Weights, backend: BackendName) -> None:
+        if not weights.tokenizer.is_fast:
+            raise CotfaithError(
+                f"{weights.name!r} has a slow tokenizer, which gives no character offsets; "
+                "convert it to a fast one (tokenizer.json)."
+            )
+        self.weights = weights
+        self.tokenizer = weights.tokenizer
+        config = weights.model.config.get_text_config()
+        parameter = next(weights.model.parameters())
+        n_heads = config.num_attention_heads
+        self.info = ModelInfo(
+            name=weights.name,
+            backend=backend,
+            architecture=type(weights.model).__name__,
+            n_layers=config.num_hidden_layers,
+            n_heads=n_heads,
+            n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+            d_model=config.hidden_size,
+            d_head=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
+            vocab=config.vocab_size,
+            context=config.max_position_embeddings,
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            device=str(parameter.device),
+            weights_hash=weights.weights_hash,
+            adapter=weights.adapter,
+        )
+
+    def encode(self, text: str) -> Encoding:
+        """Ids and character offsets of the whole text; no special token is added."""
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = tuple(out["input_ids"])
+        if len(ids) > self.info.context:
+            raise CotfaithError(
+                f"The text has {len(ids)} tokens, but {self.info.name!r} reads at most {self.info.context}; shorten it."
+            )
+        return Encoding(ids, tuple((int(a), int(b)) for a, b in out["offset_mapping"]))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids))
+
+    def render(self, question: str) -> str:
+        """Chat template up to where the assistant's turn begins; without a template BOS + question + newline."""
+        if not question.strip():
+            raise CotfaithError("The question is empty; give one with text.")
+        if self.tokenizer.chat_template is None:
+            return (self.tokenizer.bos_token or "") + question + "\n"
+        turns = [{"role": "user", "content": question}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """Continuations in one left-padded batch; temperature 0 is greedy, else sampled from `seed`."""
+        encoded = [self.encode(prompt).ids for prompt in prompts]
+        width = max(map(len, encoded))
+        device = self.info.device
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in encoded], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
+            torch.manual_seed(seed)
+            out = self.weights.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                **({"do_sample": False} | sampling),
+            )
+        return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

@@ -1,0 +1,329 @@
+"""One measured number is a Record; a RunDirectory keeps them on disk, one parquet file per finished unit of work.
+
+1. A unit is one (reader, chain) under one plan; its name is a hash of the three, so the same work has the same name.
+2. Whatever is written goes to a temporary name in the same folder, is flushed to the disk, and is renamed: a file with
+   its final name is whole. A killed run therefore resumes to the same table as an unkilled one, row for row.
+3. The long table is the concatenation of the unit files in the order of their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import CotfaithError
+from .stats import Estimate
+
+SCHEMA = pa.schema(
+    [
+        pa.field("problem_id", pa.string(), nullable=False),
+        pa.field("chain_id", pa.string(), nullable=False),
+        pa.field("author", pa.string(), nullable=False),
+        pa.field("reader", pa.string(), nullable=False),
+        pa.field("measure", pa.string(), nullable=False),
+        pa.field("variant", pa.string(), nullable=False),
+        pa.field("step", pa.int64()),
+        pa.field("site", pa.string()),
+        pa.field("layer", pa.int64()),
+        pa.field("head", pa.int64()),
+        pa.field("position", pa.int64()),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("n_tokens", pa.int64()),
+        pa.field("seed", pa.int64()),
+    ]
+)
+COLUMNS = tuple(SCHEMA.names)
+
+MEASURES = (
+    "baseline",
+    "early_termination",
+    "filler",
+    "paraphrase",
+    "mistake",
+    "shuffle",
+    "swap",
+    "conflict",
+    "patching",
+    "knockout",
+    "attribution",
+    "control",
+)
+
+_ESTIMATES = pa.schema(
+    [
+        ("name", pa.string()),
+        ("arm", pa.string()),
+        ("n_problems", pa.int64()),
+        ("value", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("p", pa.float64()),
+        ("method", pa.string()),
+    ]
+)
+_META_KEY = b"cotfaith"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One measured number with all its coordinates; unused coordinates are None, an undefined value is NaN.
+
+    `n_tokens` is the length of the token sequence that was read. Raises CotfaithError on a measure not in MEASURES.
+    """
+
+    problem_id: str
+    chain_id: str
+    author: str
+    reader: str
+    measure: str
+    variant: str = ""
+    step: int | None = None
+    site: str | None = None
+    layer: int | None = None
+    head: int | None = None
+    position: int | None = None
+    metric: str
+    value: float
+    n_tokens: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise CotfaithError(f"Unknown measure {self.measure!r}; use one of {', '.join(MEASURES)}.")
+
+
+def unit_id(reader_identity: Any, chain_id: str, plan: Any) -> str:
+    """Content hash naming one unit of work; `reader_identity` and `plan` are any JSON-like values."""
+    content = json.dumps(_plain([reader_identity, chain_id, plan]), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:20]
+
+
+class RunDirectory:
+    """A run on disk. `RunDirectory(path)` opens one that exists, `RunDirectory.create` begins or resumes one."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises CotfaithError when `path` holds no manifest.json."""
+        self.path = Path(path)
+        if not self._manifest.is_file():
+            raise CotfaithError(
+                f"{self.path} is not a run directory: it has no manifest.json; "
+                "give a folder written by `cotfaith study` or `cotfaith demo`."
+            )
+
+    @classmethod
+    def create(cls, path: str | Path, config: Mapping[str, Any]) -> RunDirectory:
+        """Begin a run of `config` in `path`, or resume it there.
+
+        Raises CotfaithError naming the first differing key when the folder holds a run of another config, and when
+        the folder holds other things or cannot be written.
+        """
+        path = Path(path)
+        if (path / "manifest.json").is_file():
+            run = cls(path)
+            key = _differing_key(run.read_manifest().get("config"), _plain(config))
+            if key is not None:
+                raise CotfaithError(
+                    f"{path} holds a run of another config: {key} differs; choose a new output folder or delete this one."
+                )
+        elif path.is_dir() and any(not entry.name.endswith(".tmp") for entry in path.iterdir() if entry.is_file()):
+            raise CotfaithError(f"{path} holds files but no run; choose a new or empty output folder.")
+        else:
+            _write_json(path / "manifest.json", {"config": config})
+            run = cls(path)
+        return run
+
+    @property
+    def _manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the figures, made on first use."""
+        folder = self.path / "figures"
+        _make_folder(folder)
+        return folder
+
+    def has_unit(self, unit: str) -> bool:
+        return self._unit(unit).is_file()
+
+    def _unit(self, unit: str) -> Path:
+        return self.path / "records" / f"{unit}.parquet"
+
+    def write_unit(self, unit: str, records: Iterable[Record], meta: Mapping[str, Any]) -> None:
+        """Write one finished unit in one move; `meta` (JSON-like) travels in the file's schema metadata."""
+        encoded = json.dumps(_plain({"unit": unit, **meta}), allow_nan=False).encode()
+        columns = list(zip(*map(_row, records), strict=True)) or [()] * len(COLUMNS)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+        table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({_META_KEY: encoded}))
+        _write_atomically(self._unit(unit), lambda file: pq.write_table(table, file))
+
+    def _units(self) -> list[Path]:
+        return sorted(path for path in (self.path / "records").glob("*.parquet") if not path.name.startswith("."))
+
+    def read_records(self) -> pd.DataFrame:
+        """The long table of all finished units, columns COLUMNS; integers that may be null are Int64."""
+        tables = [_read_parquet(path, SCHEMA).replace_schema_metadata(None) for path in self._units()]
+        table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        return table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+
+    def read_unit_meta(self) -> list[dict[str, Any]]:
+        """The JSON object each unit was written with, in the order of `read_records`."""
+        return [json.loads(_parquet_schema(path).metadata[_META_KEY]) for path in self._units()]
+
+    def write_chains(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """One chain per line: `Chain.to_json()` and the study's own keys."""
+        _write_jsonl(self.path / "chains.jsonl", rows)
+
+    def read_chains(self) -> list[dict[str, Any]]:
+        return _read_jsonl(self.path / "chains.jsonl")
+
+    def add_exclusion(
+        self, *, problem_id: str, stage: str, reason: str, chain_id: str | None = None, reader: str | None = None
+    ) -> None:
+        """Put down what was left out and why; the same exclusion twice is one line. One process writes at a time."""
+        row = {"problem_id": problem_id, "chain_id": chain_id, "reader": reader, "stage": stage, "reason": reason}
+        rows = self.read_exclusions()
+        if row not in rows:
+            _write_jsonl(self.path / "exclusions.jsonl", [*rows, row])
+
+    def read_exclusions(self) -> list[dict[str, Any]]:
+        path = self.path / "exclusions.jsonl"
+        return _read_jsonl(path) if path.is_file() else []
+
+    def write_estimates(self, estimates: Sequence[Estimate]) -> None:
+        """Write all estimates; a note is kept behind the method, after '; '."""
+        rows = [asdict(estimate) for estimate in estimates]
+        for row in rows:
+            row["method"] = "; ".join(part for part in (row["method"], row.pop("note")) if part)
+        table = pa.Table.from_pylist(rows, schema=_ESTIMATES)
+        _write_atomically(self.path / "estimates.parquet", lambda file: pq.write_table(table, file))
+
+    def read_estimates(self) -> list[Estimate]:
+        rows = _read_parquet(self.path / "estimates.parquet", _ESTIMATES).to_pylist()
+        for row in rows:
+            row["method"], _, row["note"] = row["method"].partition("; ")
+        return [Estimate(**row) for row in rows]
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replace the manifest in one move; numbers that are not finite become null."""
+        _write_json(self._manifest, manifest)
+
+    def read_manifest(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._manifest.read_text("utf-8"))
+        except ValueError as error:
+            raise CotfaithError(f"{self._manifest} is not whole JSON ({error}); delete it and run again.") from error
+
+
+def _row(record: Record) -> tuple[Any, ...]:
+    return astuple(record)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numpy scalars and arrays unpacked, paths as text, non-finite floats None."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _differing_key(old: Any, new: Any, prefix: str = "") -> str | None:
+    """Dotted name of the first key at which two JSON values differ, None where they are equal."""
+    if old == new:
+        return None
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return f"{prefix or 'config'} (there {old!r}, here {new!r})"
+    keys = sorted(old.keys() | new.keys())
+    name = f"{prefix}." if prefix else ""
+    absent = "nothing"
+    return next(
+        found for key in keys if (found := _differing_key(old.get(key, absent), new.get(key, absent), name + key))
+    )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CotfaithError(f"Cannot make folder {folder} ({error.strerror}); choose a path you may write.") from error
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    _make_folder(path.parent)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise CotfaithError(f"Cannot write {path} ({error.strerror}); choose a folder you may write.") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(_plain(value), indent=1, allow_nan=False)
+    _write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
+    _write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise CotfaithError(f"{path} does not exist; run the study that writes it first.")
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise CotfaithError(f"{path} line {number} is not JSON ({error}); delete the file and run again.") from error
+    return rows
+
+
+def _parquet_schema(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CotfaithError(f"{path} is not a whole parquet file ({error}); delete it and run again.") from error
+
+
+def _read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
+    if not path.is_file():
+        raise CotfaithError(f"{path} does not exist; run the study that writes it first.")
+    found = _parquet_schema(path)
+    if found.names != schema.names:
+        raise CotfaithError(f"{path} has columns {found.names}, expected {schema.names}; delete it and run again.")
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CotfaithError(f"{path} is not a whole parquet file ({error}); delete it and run again.") from error
