@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,9 @@ from torch import Tensor
 from .chains import Encoding
 from .errors import CotfaithError
 from .sites import ActivationEdit, Site
+
+if TYPE_CHECKING:
+    from .backends.weights import Weights
 
 BackendName = Literal["huggingface", "transformer_lens", "nnsight"]
 
@@ -61,6 +64,7 @@ class Model(Protocol):
     """One forward pass of a decoder: encode, run with reads and edits, generate."""
 
     info: ModelInfo
+    weights: Weights
 
     def encode(self, text: str) -> Encoding:
         """Token ids and character offsets of `text`; adds no special token of its own."""
@@ -87,6 +91,20 @@ class Model(Protocol):
         self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """Continuations (without the prompt); temperature 0 is greedy."""
+        ...
+
+    def direct_path(
+        self, z: Float[Tensor, "layer head d_head"], final: Float[Tensor, "d_model"], token: int, foil: int
+    ) -> tuple[Float[Tensor, "layer head d_head"], float]:
+        """The linear map from each head's z at one position to the logit difference `token` - `foil` there.
+
+        `final` is resid_post of the last layer at that position; the scales of all norms are frozen at these values.
+        The second result is what no head adds: output biases, MLPs and embedding. Before any final soft-cap.
+        """
+        ...
+
+    def uncapped(self, logit: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """Logits before the model's final soft-cap (unchanged where it has none)."""
         ...
 
     def cached_run(self, tokens: Sequence[int]) -> CachedRun:
@@ -176,6 +194,15 @@ def load(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = load_weights(name, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return _behind(weights, backend)
+
+
+def same_weights(model: Model, backend: BackendName) -> Model:
+    """The same parameters behind another backend (shared, not copied)."""
+    return _behind(model.weights, backend)
+
+
+def _behind(weights: Weights, backend: BackendName) -> Model:
     if backend == "huggingface":
         from .backends.huggingface import HuggingFaceModel
 

@@ -133,17 +133,14 @@ class RunDirectory:
         path = Path(path)
         if (path / "manifest.json").is_file():
             run = cls(path)
-            key = _differing_key(run.read_manifest().get("config"), _plain(config))
-            if key is not None:
-                raise CotfaithError(
-                    f"{path} holds a run of another config: {key} differs; choose a new output folder or delete this one."
-                )
-        elif path.is_dir() and any(not entry.name.endswith(".tmp") for entry in path.iterdir() if entry.is_file()):
+            difference = _differing_key(run.read_manifest().get("config"), _plain(config))
+            if difference is not None:
+                raise CotfaithError(f"{path} holds a run of another config: {difference}; choose a new output folder.")
+            return run
+        if path.is_dir() and any(not entry.name.endswith(".tmp") for entry in path.iterdir()):
             raise CotfaithError(f"{path} holds files but no run; choose a new or empty output folder.")
-        else:
-            _write_json(path / "manifest.json", {"config": config})
-            run = cls(path)
-        return run
+        _write_json(path / "manifest.json", {"config": config})
+        return cls(path)
 
     @property
     def _manifest(self) -> Path:
@@ -165,7 +162,7 @@ class RunDirectory:
     def write_unit(self, unit: str, records: Iterable[Record], meta: Mapping[str, Any]) -> None:
         """Write one finished unit in one move; `meta` (JSON-like) travels in the file's schema metadata."""
         encoded = json.dumps(_plain({"unit": unit, **meta}), allow_nan=False).encode()
-        columns = list(zip(*map(_row, records), strict=True)) or [()] * len(COLUMNS)
+        columns = list(zip(*map(astuple, records), strict=True)) or [()] * len(COLUMNS)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
         table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({_META_KEY: encoded}))
         _write_atomically(self._unit(unit), lambda file: pq.write_table(table, file))
@@ -228,10 +225,6 @@ class RunDirectory:
             raise CotfaithError(f"{self._manifest} is not whole JSON ({error}); delete it and run again.") from error
 
 
-def _row(record: Record) -> tuple[Any, ...]:
-    return astuple(record)
-
-
 def _plain(value: Any) -> Any:
     """`value` as JSON can hold it: numpy scalars and arrays unpacked, paths as text, non-finite floats None."""
     if isinstance(value, np.ndarray | np.generic):
@@ -252,7 +245,7 @@ def _differing_key(old: Any, new: Any, prefix: str = "") -> str | None:
     if old == new:
         return None
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return f"{prefix or 'config'} (there {old!r}, here {new!r})"
+        return f"{prefix or 'config'} is {old!r} there, {new!r} here"
     keys = sorted(old.keys() | new.keys())
     name = f"{prefix}." if prefix else ""
     absent = "nothing"
@@ -306,7 +299,9 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise CotfaithError(f"{path} line {number} is not JSON ({error}); delete the file and run again.") from error
+            raise CotfaithError(
+                f"{path} line {number} is not JSON ({error}); delete the file and run again."
+            ) from error
     return rows
 
 

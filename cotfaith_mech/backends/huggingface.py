@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model import CachedRun, Run
 from ..sites import ActivationEdit, Site
 from .corner import CornerRun
-from .hooks import Layout, RowEdit, hooked
+from .hooks import RowEdit, hooked
 from .text import TextSide
 from .weights import Weights
 
@@ -22,7 +22,6 @@ class HuggingFaceModel(TextSide):
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights, "huggingface")
-        self.layout = Layout.of(weights.model)
 
     @torch.no_grad()
     def run(

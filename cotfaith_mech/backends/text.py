@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ..chains import Encoding
 from ..errors import CotfaithError
 from ..model import BackendName, ModelInfo
+from .hooks import Layout
 from .weights import Weights
 
 
@@ -22,6 +26,7 @@ class TextSide:
                 "convert it to a fast one (tokenizer.json)."
             )
         self.weights = weights
+        self.layout = Layout.of(weights.model)
         self.tokenizer = weights.tokenizer
         config = weights.model.config.get_text_config()
         parameter = next(weights.model.parameters())
@@ -87,3 +92,45 @@ class TextSide:
                 **({"do_sample": False} | sampling),
             )
         return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+    @torch.no_grad()
+    def direct_path(
+        self, z: Float[Tensor, "layer head d_head"], final: Float[Tensor, "d_model"], token: int, foil: int
+    ) -> tuple[Float[Tensor, "layer head d_head"], float]:
+        """See `Model.direct_path`; reads the output projections, norms and unembedding of the model itself."""
+        unembedding = self.layout.unembed.weight.float()
+        direction = (unembedding[token] - unembedding[foil]) * _frozen_scale(self.layout.norm, final)
+        rest = direction @ final
+        into_z = []
+        for modules, z_layer in zip(self.layout.layers, z, strict=True):
+            projection = modules.attention.o_proj
+            flat = z_layer.flatten()
+            towards = direction
+            if modules.attn_out is not modules.attention:
+                raw = projection(flat.to(projection.weight.dtype)).float()
+                towards = direction * _frozen_scale(modules.attn_out, raw)
+            into = towards @ projection.weight.float()
+            into_z.append(into.view_as(z_layer))
+            rest = rest - into @ flat
+        return torch.stack(into_z), float(rest)
+
+    def uncapped(self, logit: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """See `Model.uncapped`."""
+        cap = getattr(self.weights.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logit if cap is None else torch.atanh(logit / cap) * cap
+
+
+def _frozen_scale(norm: Any, x: Float[Tensor, "d_model"]) -> Float[Tensor, "d_model"]:
+    """The diagonal g with norm(x) = g * x, for a root-mean-square norm with its scale frozen at `x`.
+
+    The norm's own forward gives it: of a vector of ones it is its weight. Refuses a norm that is not of this kind.
+    """
+    eps = getattr(norm, "variance_epsilon", None) or norm.eps
+    dtype = norm.weight.dtype
+    weight = norm(torch.ones_like(x, dtype=dtype)).float() * (1 + eps) ** 0.5
+    scale = weight * (x.square().mean() + eps).rsqrt()
+    expected = norm(x.to(dtype)).float()
+    tolerance = (1e-4 if dtype == torch.float32 else 2e-2) * expected.abs().max()
+    if (scale * x - expected).abs().max() > tolerance:
+        raise CotfaithError(f"{type(norm).__name__} is not a root-mean-square norm; direct contributions need one.")
+    return scale

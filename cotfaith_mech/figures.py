@@ -1,0 +1,354 @@
+"""RUN/figures: the run's pictures for a paper, by matplotlib, from Records and Estimates alone.
+
+1. curves: share of unchanged answers over the fraction of the chain kept (early termination, filler, paraphrase).
+2. patching: layer x role-of-step effect per reader and each difference; patching_chain_*: layer x step of one chain.
+3. forest: paired differences of the primary endpoints. 4. conflict: whose answer is given, stacked.
+5. bridge: behaviour against mechanism, one point a step. 6. knockout: by role of the step.
+7. attribution: head x layer map of the direct logit contribution of the true step.
+A picture is drawn only where its records exist. Colours are Okabe and Ito's and ColorBrewer's RdBu, both safe for
+colour-blind readers; blue is positive and white is 0 in every map. Text of models and data is never read as mathtext.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+
+from . import views
+from .records import RunDirectory
+
+READER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+READER_MARKERS = ("o", "s", "^", "D", "v", "P")
+CONFLICT_COLOURS = {"p_chain": "#5A8FC7", "p_question": "#EBBE4D", "p_other": "#B5B5B5"}
+CONFLICT_LABELS = {"p_chain": "the chain's answer", "p_question": "the question's answer", "p_other": "another answer"}
+CURVE_LABELS = {"early_termination": "Early termination", "filler": "Filler", "paraphrase": "Paraphrase"}
+CURVE_Y = "answers unchanged (share)"
+ROLE_COLOURS = {"true step": "#333333", "all steps": "#333333", "other steps": "#8C8C8C", "random": "#D9D9D9"}
+PAPER_WIDTH = 7.0  # inches: two columns
+MAX_CHAIN_MAPS = 3
+STYLE: dict[str, Any] = {
+    "figure.dpi": 200,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.07,
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": "#555555",
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,
+    "text.parse_math": False,
+}
+
+
+def draw_figures(run: RunDirectory) -> list[Path]:
+    """Write every figure the run has records for, as PNG and PDF; returns the paths in the order drawn."""
+    records, chains = run.read_records(), run.read_chains()
+    with matplotlib.rc_context(STYLE):
+        return [path for name, figure in _figures(run, records, chains) for path in _save(run, name, figure)]
+
+
+def _figures(run: RunDirectory, records: pd.DataFrame, chains: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
+    config = run.read_manifest().get("config") or {}
+    readers = views.readers_of(config, records)
+    if len(curves := views.curves(records, chains)):
+        yield "curves", curve_figure(curves, readers)
+    if len(cells := views.aligned_patches(records, chains)):
+        for variant, of_variant in cells.groupby("variant"):
+            yield f"patching_{variant}", patching_figure(of_variant, readers)
+    for chain in _chains_to_draw(records, chains):
+        cells = views.patches(records)
+        cells = cells[(cells["chain_id"] == chain["chain_id"]) & (cells["variant"] == cells["variant"].min())]
+        yield f"patching_chain_{chain['problem_id']}", chain_figure(cells, chain, readers)
+    if (run.path / "estimates.parquet").is_file():
+        estimates = run.read_estimates()
+        names = views.primary_names(config, estimates)
+        differences = [e for e in estimates if e.name in names and "-" in e.arm and np.isfinite(e.value)]
+        if differences:
+            yield "forest", forest_figure(differences, readers)
+    if len(triple := views.conflict(records)):
+        yield "conflict", conflict_figure(triple, readers)
+    if len(points := views.bridge(records)):
+        yield "bridge", bridge_figure(points, views.disagreements(records), readers)
+    if len(losses := views.knockout(records, chains)):
+        yield "knockout", knockout_figure(losses, readers)
+    if len(heads := views.attribution(records, chains)):
+        yield "attribution", attribution_figure(heads, readers)
+
+
+def _save(run: RunDirectory, name: str, figure: Figure) -> list[Path]:
+    stem = run.figures / "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    png, pdf = stem.with_suffix(".png"), stem.with_suffix(".pdf")
+    figure.savefig(png, metadata={"Software": None})
+    figure.savefig(pdf, metadata={"CreationDate": None})
+    return [png, pdf]
+
+
+def _chains_to_draw(records: pd.DataFrame, chains: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chains where behaviour and mechanism disagree most, then the first ones, MAX_CHAIN_MAPS in all."""
+    patched = set(views.select(records, "patching", "logit_diff").dropna(subset=["step"])["chain_id"])
+    first = [*views.disagreements(records)["chain_id"], *(chain["chain_id"] for chain in chains)]
+    order = [chain_id for chain_id in dict.fromkeys(first) if chain_id in patched]
+    by_id = {chain["chain_id"]: chain for chain in chains}
+    return [by_id[chain_id] for chain_id in order[:MAX_CHAIN_MAPS]]
+
+
+def _colour(readers: list[str], reader: str) -> str:
+    return READER_COLOURS[readers.index(reader) % len(READER_COLOURS)] if reader in readers else "#333333"
+
+
+def _marker(readers: list[str], reader: str) -> str:
+    return READER_MARKERS[readers.index(reader) % len(READER_MARKERS)] if reader in readers else "o"
+
+
+def drawable(text: str) -> str:
+    """`text` on one line, with a box for every character the figures' font has no glyph for."""
+    font = FT2Font(font_manager.findfont("DejaVu Sans"))
+    plain = " ".join(text.split())
+    return "".join(c if font.get_char_index(ord(c)) else "□" for c in plain)
+
+
+def curve_figure(curves: pd.DataFrame, readers: list[str]) -> Figure:
+    """One panel a test: share of unchanged answers over the fraction kept, with bands, one line a reader."""
+    measures = [m for m in views.CURVES if (curves["measure"] == m).any()]
+    figure = Figure(figsize=(PAPER_WIDTH, 2.6))
+    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axis, measure in zip(axes, measures, strict=True):
+        for reader in readers:
+            one = curves[(curves["measure"] == measure) & (curves["reader"] == reader)]
+            colour = _colour(readers, reader)
+            axis.plot(one["x"], one["value"], color=colour, marker=_marker(readers, reader), label=drawable(reader))
+            axis.fill_between(one["x"], one["low"], one["high"], color=colour, alpha=0.13, linewidth=0)
+        kept = "kept verbatim" if measure == "paraphrase" else "of chain kept"
+        axis.set(title=CURVE_LABELS[measure], xlabel=f"fraction {kept}", xlim=(-0.03, 1.03), ylim=(-0.03, 1.05))
+        axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
+        axis.grid(axis="y", color="#E6E6E6", linewidth=0.6)
+    axes[0].set_ylabel(CURVE_Y)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(readers), title="reader", title_fontsize=8)
+    return figure
+
+
+def _map(axis: Axes, values: np.ndarray, limit: float) -> Any:
+    """A RdBu map centred at 0; cells without a value are hatched grey."""
+    axis.set_facecolor("#DDDDDD")
+    image = axis.pcolormesh(
+        np.ma.masked_invalid(values), cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.4
+    )
+    axis.invert_yaxis()
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    return image
+
+
+def _limit(values: np.ndarray) -> float:
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
+def _ticks(axis: Axes, which: str, labels: list[Any], most: int = 12) -> None:
+    """Label every n-th cell so that at most `most` labels stand on the axis."""
+    every = max(1, -(-len(labels) // most))
+    at = range(0, len(labels), every)
+    axis.set(**{f"{which}ticks": [i + 0.5 for i in at], f"{which}ticklabels": [str(labels[i]) for i in at]})
+
+
+def patching_figure(cells: pd.DataFrame, readers: list[str]) -> Figure:
+    """Layer x role-of-step effect in logits: readers above, differences to the first below; one colour scale."""
+    roles = [role for role in views.ROLES if (cells["role"] == role).any()]
+    layers = sorted(cells["layer"].unique())
+    wide = cells.pivot_table(index=["reader", "role"], columns="layer", values="effect").reindex(columns=layers)
+    maps = {reader: wide.reindex([(reader, role) for role in roles]).to_numpy(float) for reader in readers}
+    gaps = {(a, b): maps[a] - maps[b] for a, b in views.differences(readers)}
+    limit = _limit(np.concatenate([*maps.values(), *gaps.values()]))
+    rows = 2 if gaps else 1
+    figure = Figure(figsize=(PAPER_WIDTH, 0.75 + rows * (0.5 + 0.3 * len(roles))))
+    axes = figure.subplots(rows, len(readers), squeeze=False)
+    for axis, reader in zip(axes[0], readers, strict=True):
+        image = _map(axis, maps[reader], limit)
+        axis.set_title(f"reader {drawable(reader)}")
+    for axis, (a, b) in zip(axes[-1][1:], gaps, strict=True):
+        _map(axis, gaps[a, b], limit)
+        axis.set_title(f"{drawable(a)} − {drawable(b)}")
+        axis.set_xlabel("layer of the patch")
+    for axis in axes.ravel():
+        _ticks(axis, "x", layers, most=8)
+        axis.set_yticks([])
+    for axis in (axes[0][0], *axes[1:, 1:2].ravel()):
+        _ticks(axis, "y", roles)
+    if gaps:
+        axes[1][0].set_visible(False)
+    axes[0][0].set_xlabel("layer of the patch")
+    variant = cells["variant"].iloc[0]
+    figure.colorbar(
+        image, ax=list(axes.ravel()), label=f"Δ logit difference\n({variant}, logits)", shrink=0.9, aspect=14
+    )
+    return figure
+
+
+def chain_figure(cells: pd.DataFrame, chain: dict[str, Any], readers: list[str]) -> Figure:
+    """Layer x step effect of one chain with the steps' own text, one panel a reader; a dot marks the true step."""
+    layers, steps = sorted(cells["layer"].unique()), list(range(len(chain["steps"])))
+    figure = Figure(figsize=(PAPER_WIDTH, 1.2 + 0.36 * len(steps)))
+    axes = figure.subplots(1, len(readers), squeeze=False)[0]
+    limit = _limit(cells["effect"].to_numpy(float))
+    for axis, reader in zip(axes, readers, strict=True):
+        one = cells[cells["reader"] == reader]
+        wide = one.pivot_table(index="step", columns="layer", values="effect").reindex(index=steps, columns=layers)
+        image = _map(axis, wide.to_numpy(float), limit)
+        axis.set(title=f"reader {drawable(reader)}", xlabel="layer of the patch")
+        _ticks(axis, "x", layers, most=8)
+        axis.set_yticks([])
+    marks = ["● " if step == chain.get("true_step") else "" for step in steps]
+    texts = [textwrap.shorten(drawable(step), 78, placeholder=" …") for step in chain["steps"]]
+    labels = [f"{mark}{textwrap.fill(text, 40)}" for mark, text in zip(marks, texts, strict=True)]
+    axes[0].set_yticks([step + 0.5 for step in steps], labels, fontsize=6.5)
+    variant = cells["variant"].iloc[0]
+    figure.colorbar(image, ax=list(axes), label=f"Δ logit difference\n({variant}, logits)", aspect=14)
+    figure.suptitle(
+        f"Problem {drawable(chain['problem_id'])}: the chain's steps (● the step the answer rests on)", fontsize=8.5
+    )
+    return figure
+
+
+def forest_figure(differences: list[Any], readers: list[str]) -> Figure:
+    """Paired differences with 95% intervals, grouped by endpoint."""
+    names = list(dict.fromkeys(estimate.name for estimate in differences))
+    arms = list(dict.fromkeys(estimate.arm for estimate in differences))
+    figure = Figure(figsize=(PAPER_WIDTH, 0.9 + 0.26 * len(names) * (len(arms) + 0.6)))
+    axis = figure.subplots()
+    for estimate in differences:
+        reader = estimate.arm.split("-")[0]
+        y = names.index(estimate.name) * (len(arms) + 0.6) + arms.index(estimate.arm)
+        colour = _colour(readers, reader)
+        axis.plot([estimate.ci_low, estimate.ci_high], [y, y], color=colour)
+        axis.plot(estimate.value, y, marker=_marker(readers, reader), color=colour)
+        interval = f"{estimate.arm}  {estimate.value:+.2f} [{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}]"
+        axis.annotate(interval, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+    axis.axvline(0, color="#555555", linewidth=0.8, zorder=0)
+    centres = [i * (len(arms) + 0.6) + (len(arms) - 1) / 2 for i in range(len(names))]
+    axis.set_yticks(centres, [textwrap.fill(drawable(name).replace("/", " / "), 34) for name in names])
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel("paired difference with 95% interval (problems are the units)")
+    axis.grid(axis="x", color="#E6E6E6", linewidth=0.6)
+    return figure
+
+
+def conflict_figure(triple: pd.DataFrame, readers: list[str]) -> Figure:
+    """Whose answer is given when question and chain disagree: one panel a record variant, one bar a reader."""
+    variants = sorted(triple["variant"].unique())
+    figure = Figure(figsize=(PAPER_WIDTH, 0.95 + 0.3 * len(readers)))
+    axes = figure.subplots(1, len(variants), sharey=True, squeeze=False)[0]
+    for axis, variant in zip(axes, variants, strict=True):
+        one = triple[triple["variant"] == variant].set_index("reader").reindex(readers)
+        left = np.zeros(len(readers))
+        for metric, colour in CONFLICT_COLOURS.items():
+            width = one[metric].to_numpy(float)
+            axis.barh(range(len(readers)), width, left=left, color=colour, height=0.7, label=CONFLICT_LABELS[metric])
+            for y, (start, size) in enumerate(zip(left, width, strict=True)):
+                if size >= 0.12:
+                    axis.text(start + size / 2, y, f"{size:.2f}", ha="center", va="center", fontsize=7)
+            left = left + np.nan_to_num(width)
+        axis.set(title=drawable(variant).replace("_", " "), xlim=(0, 1), xlabel="probability")
+        axis.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+    axes[0].set_yticks(range(len(readers)), [f"reader {drawable(reader)}" for reader in readers])
+    axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def bridge_figure(points: pd.DataFrame, disagreements: pd.DataFrame, readers: list[str]) -> Figure:
+    """Behaviour (mistake) against mechanism (knockout), one point a step; disagreeing chains are ringed and named."""
+    figure = Figure(figsize=(PAPER_WIDTH, 2.7))
+    axes = figure.subplots(1, len(readers), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, reader in zip(axes, readers, strict=True):
+        one = points[points["reader"] == reader]
+        axis.scatter(one["mistake"], one["knockout"], s=14, color=_colour(readers, reader), alpha=0.6, linewidths=0)
+        named = disagreements[disagreements["reader"] == reader].merge(
+            one, left_on=["chain_id", "behaviour_step"], right_on=["chain_id", "step"], suffixes=("", "_point")
+        )
+        axis.scatter(named["mistake"], named["knockout"], s=42, facecolors="none", edgecolors="#222222", linewidths=0.8)
+        for rank, (_, row) in enumerate(named.head(4).sort_values("knockout", ascending=False).iterrows()):
+            text = textwrap.shorten(drawable(row["problem_id"]), 14, placeholder="…")
+            target = (0.97, 0.96 - 0.085 * rank)
+            line = {"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.5}
+            axis.annotate(
+                text, (row["mistake"], row["knockout"]), target, textcoords="axes fraction", fontsize=6.5, ha="right",
+                va="top", arrowprops=line,
+            )  # fmt: skip
+        axis.axhline(0, color="#BBBBBB", linewidth=0.6, zorder=0)
+        axis.set(title=f"reader {drawable(reader)}  ({len(named)} disagree)", xlim=(-0.04, 1.04))
+        axis.set_xlabel("behaviour: mistake in the step\n(total variation)")
+    axes[0].set_ylabel("mechanism: knockout\n(probability lost)")
+    return figure
+
+
+def knockout_figure(losses: pd.DataFrame, readers: list[str]) -> Figure:
+    """Probability the answer loses when its cue cannot see a step: every problem a dot, the mean with its interval."""
+    roles = [role for role in ROLE_COLOURS if (losses["role"] == role).any()]
+    figure = Figure(figsize=(PAPER_WIDTH, 2.5))
+    axes = figure.subplots(1, len(readers), sharey=True, squeeze=False)[0]
+    rng = np.random.default_rng(0)
+    for axis, reader in zip(axes, readers, strict=True):
+        for x, role in enumerate(roles):
+            values = losses[(losses["reader"] == reader) & (losses["role"] == role)]["value"].to_numpy(float)
+            if not len(values):
+                continue
+            low, high = views.band(values)
+            jitter = rng.uniform(-0.16, 0.16, len(values))
+            axis.scatter(x + jitter, values, s=10, color=_colour(readers, reader), alpha=0.35, linewidths=0)
+            axis.plot([x, x], [low, high], color="#222222", linewidth=1.2)
+            axis.plot(x, np.nanmean(values), marker="_", markersize=14, markeredgewidth=1.8, color="#222222")
+        axis.axhline(0, color="#BBBBBB", linewidth=0.6, zorder=0)
+        axis.set(title=f"reader {drawable(reader)}", xlim=(-0.6, len(roles) - 0.4))
+        axis.set_xticks(
+            range(len(roles)), [role.replace(" ", "\n") if role != "random" else "random\npositions" for role in roles]
+        )
+    axes[0].set_ylabel("probability lost by the answer")
+    return figure
+
+
+def attribution_figure(heads: pd.DataFrame, readers: list[str]) -> Figure:
+    """Head x layer map of the direct logit contribution of the true step, one panel a reader."""
+    layers, numbers = sorted(heads["layer"].unique()), sorted(heads["head"].unique())
+    figure = Figure(figsize=(PAPER_WIDTH, 1.0 + min(4.5, max(1.2, 0.13 * len(layers)))))
+    axes = figure.subplots(1, len(readers), sharey=True, squeeze=False)[0]
+    limit = _limit(heads["value"].to_numpy(float))
+    for axis, reader in zip(axes, readers, strict=True):
+        one = heads[heads["reader"] == reader]
+        wide = one.pivot_table(index="layer", columns="head", values="value").reindex(index=layers, columns=numbers)
+        image = _map(axis, wide.to_numpy(float), limit)
+        axis.set(title=f"reader {drawable(reader)}", xlabel="head")
+        _ticks(axis, "x", numbers)
+        _ticks(axis, "y", layers)
+    if axes[0].get_ylim()[0] > axes[0].get_ylim()[1]:
+        axes[0].invert_yaxis()
+    axes[0].set_ylabel("layer (first at the bottom)")
+    figure.colorbar(image, ax=list(axes), label="direct contribution\nfrom the true step (logits)", aspect=14)
+    return figure

@@ -1,0 +1,214 @@
+"""Activation patching and attention knockout at step granularity, on one reader and one chain.
+
+Patching (how to: 2404.15255, 2309.16042): the residual stream before layer l at all tokens of step j is replaced by
+a source run's. The source is the aligned value swap: same question, same sentences, other numbers, same tokens.
+  noise:   base = the chain, source = its twin;     denoise: base = the twin, source = the chain.
+Both runs have a* forced after the cue. The logit difference is read at the first token where a* and the foil (the
+twin's answer) diverge, their shared prefix teacher-forced.
+Knockout (Geva et al. 2304.14767): the attention edges from the cue and the forced answer to step j are cut in all
+layers before the softmax (masked: the rest renormalises). A query's own key is never cut.
+Controls: self-patch (exactly 0), a random direction of the patch's norm, as many random prompt positions cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .chains import token_spans
+from .errors import CotfaithError
+from .measured import Measured
+from .model import CachedRun
+from .problems import Problem
+from .reading import Trunk
+from .sites import ActivationEdit, Site
+
+SINK_TOKENS = 4
+"""Prompt tokens at the start that no random control touches: attention sinks there are load-bearing for anything."""
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """Layers to patch (None: all), directions, and random draws of the knockout control per step."""
+
+    layers: tuple[int, ...] | None = None
+    directions: tuple[str, ...] = ("noise", "denoise")
+    random_draws: int = 2
+
+
+@dataclass(frozen=True)
+class AnswerContrast:
+    """Where a* and a foil part: token ids of a*, index of the first differing one, and the two tokens there."""
+
+    answer_ids: tuple[int, ...]
+    index: int
+    answer_token: int
+    foil_token: int
+
+    @classmethod
+    def of(cls, trunk: Trunk, foil: str) -> AnswerContrast:
+        """Contrast of the trunk's a* with `foil`; CotfaithError where they cannot be compared token by token."""
+        own = _answer_ids(trunk, trunk.chain.answer)
+        other = _answer_ids(trunk, foil)
+        if own == other:
+            raise CotfaithError(f"The foil {foil!r} is the reader's own answer; give another foil.")
+        if len(own) != len(other):
+            raise CotfaithError(
+                f"a* {trunk.chain.answer!r} has {len(own)} tokens and the foil {foil!r} has {len(other)}; "
+                "give a foil of the same token length."
+            )
+        index = next(i for i, (a, b) in enumerate(zip(own, other, strict=True)) if a != b)
+        return cls(own, index, own[index], other[index])
+
+    def reduce(self, logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 4"]:
+        """Logit difference, p(a*), whether the foil's token is the argmax, whether a* is greedy."""
+        logits = logits[:, : len(self.answer_ids)]
+        here = logits[:, self.index]
+        ids = torch.tensor(self.answer_ids, device=logits.device)
+        logp = logits.log_softmax(-1).gather(2, ids.expand(len(logits), -1)[..., None]).sum((1, 2))
+        greedy = (logits.argmax(-1) == ids).all(-1).to(logp)
+        says_foil = (here.argmax(-1) == self.foil_token).to(logp)
+        return torch.stack([here[:, self.answer_token] - here[:, self.foil_token], logp.exp(), says_foil, greedy], 1)
+
+    @property
+    def n_logits(self) -> int:
+        return len(self.answer_ids) + 1
+
+
+def _answer_ids(trunk: Trunk, answer: str) -> tuple[int, ...]:
+    forced = trunk.chain.with_answer(answer)
+    encoding = trunk.model.encode(forced.text)
+    return encoding.ids[token_spans(forced, encoding).answer[0] :]
+
+
+def step_edits(layer: int, span: tuple[int, int], source: Tensor) -> list[ActivationEdit]:
+    """One cell: resid_pre of `layer` at the tokens of `span` replaced by `source[span]`."""
+    positions = tuple(range(*span))
+    return [ActivationEdit(Site("resid_pre", layer), positions, "replace", source[span[0] : span[1]])]
+
+
+def cut_edits(n_layers: int, queries: Sequence[int], keys: Sequence[int]) -> list[ActivationEdit]:
+    """One cell: edges from `queries` to `keys` cut in all layers, for all heads."""
+    cut = (tuple(queries), "knockout", None, tuple(keys))
+    return [ActivationEdit(Site("pattern", layer), *cut) for layer in range(n_layers)]
+
+
+def measure_patching(trunk: Trunk, problem: Problem, reader: str, plan: PatchPlan, *, seed: int = 0) -> Measured:
+    """Records of `patching` and its controls; needs a token-aligned twin of the chain, else an exclusion."""
+    measured = Measured(trunk.chain, reader)
+    if not problem.twin_steps or problem.twin_answer is None:
+        measured.exclusions.append("patching: the problem has no aligned twin to take source activations from")
+        return measured
+    twin = replace(trunk.chain, steps=problem.twin_steps)
+    encoding = trunk.model.encode(twin.text)
+    if token_spans(twin, encoding) != trunk.spans:
+        measured.exclusions.append("patching: the twin's tokens do not align with the chain's")
+        return measured
+    contrast = AnswerContrast.of(trunk, f" {problem.twin_answer}")
+    layers = tuple(range(trunk.model.info.n_layers)) if plan.layers is None else plan.layers
+    sites = [Site("resid_pre", layer) for layer in layers]
+    runs = {"chain": trunk.run, "twin": trunk.model.cached_run(encoding.ids)}
+    states = {name: run.read(sites) for name, run in runs.items()}
+    for direction in plan.directions:
+        base, source = ("chain", "twin") if direction == "noise" else ("twin", "chain")
+        _patch(measured, trunk, contrast, direction, runs[base], states[source], runs[source])
+    _patch_controls(measured, trunk, contrast, states["chain"], states["twin"], seed)
+    return measured
+
+
+def _patch(
+    measured: Measured,
+    trunk: Trunk,
+    contrast: AnswerContrast,
+    direction: str,
+    base: CachedRun,
+    source_states: Any,
+    source: CachedRun,
+) -> None:
+    cells, coordinates = [], []
+    for site, values in source_states.items():
+        for step, span in enumerate(trunk.spans.steps):
+            cells.append(step_edits(site.layer, span, values))
+            coordinates.append((site, step))
+    rows = base.edited(cells, n_logits=contrast.n_logits, reduce=contrast.reduce)
+    for (site, step), row in zip(coordinates, rows.tolist(), strict=True):
+        where = {"site": str(site), "layer": site.layer, "step": step}
+        values = {"logit_diff": row[0], "p_answer": row[1], "says_source": _source_said(direction, row)}
+        measured.add("patching", direction, values, len(trunk.run.tokens), **where)
+    for name, run in (("base", base), ("source", source)):
+        row = _unedited(run, trunk, contrast)
+        values = {f"logit_diff_{name}": row[0], f"p_answer_{name}": row[1]}
+        measured.add("patching", direction, values, len(trunk.run.tokens))
+
+
+def _source_said(direction: str, row: Sequence[float]) -> float:
+    """Does the edited run say the source's answer: the foil when noising, a* when denoising."""
+    return row[2] if direction == "noise" else row[3]
+
+
+def _unedited(run: CachedRun, trunk: Trunk, contrast: AnswerContrast) -> list[float]:
+    tokens = torch.tensor([run.tokens], device=trunk.model.info.device)
+    logits = trunk.model.run(tokens, n_logits=contrast.n_logits).logits.float()
+    return contrast.reduce(logits)[0].tolist()
+
+
+def _patch_controls(
+    measured: Measured, trunk: Trunk, contrast: AnswerContrast, own: Any, twin: Any, seed: int
+) -> None:
+    """Self-patch against a null edit of the same shapes, and norm-matched random directions, at the middle layer."""
+    middle = sorted(own, key=lambda site: site.layer)[len(own) // 2]
+    generator = torch.Generator().manual_seed(seed)
+    same, null, noise = [], [], []
+    for span in trunk.spans.steps:
+        base = own[middle]
+        difference = twin[middle] - base
+        random = torch.randn(difference.shape, generator=generator).to(difference)
+        random = random * (difference.norm(dim=-1) / random.norm(dim=-1))[:, None]
+        positions = tuple(range(*span))
+        same += [step_edits(middle.layer, span, base)]
+        null += [[ActivationEdit(middle, positions, "add", torch.zeros_like(base[span[0] : span[1]]))]]
+        noise += [step_edits(middle.layer, span, base + random)]
+    run, read = trunk.run, {"n_logits": contrast.n_logits, "reduce": contrast.reduce}
+    reference = run.edited(null, **read)
+    self_patch = (run.edited(same, **read) - reference).abs().amax()
+    measured.add("control", "self_patch", {"max_abs_diff": float(self_patch)}, len(trunk.run.tokens), layer=middle.layer)
+    effects = reference[:, 1] - run.edited(noise, **read)[:, 1]
+    for step, effect in enumerate(effects.tolist()):
+        where = {"site": str(middle), "layer": middle.layer, "step": step, "seed": seed}
+        measured.add("control", "norm_matched", {"delta_p": effect}, len(trunk.run.tokens), **where)
+
+
+def measure_knockout(trunk: Trunk, reader: str, plan: PatchPlan, *, seed: int = 0) -> Measured:
+    """Records of `knockout` for each step and for as many random prompt positions."""
+    measured = Measured(trunk.chain, reader)
+    spans, n_layers = trunk.spans, trunk.model.info.n_layers
+    queries = range(spans.cue[0], spans.answer[1])
+    prompt = np.arange(spans.prompt[0] + SINK_TOKENS, spans.prompt[1])
+    cells = [cut_edits(1, queries, ())]
+    coordinates: list[tuple[str, int, int | None]] = []
+    for step, span in enumerate(spans.steps):
+        cells.append(cut_edits(n_layers, queries, range(*span)))
+        coordinates.append(("masked", step, None))
+        for draw in range(plan.random_draws):
+            rng = np.random.default_rng([seed, 5, step, draw])
+            keys = rng.choice(prompt, min(span[1] - span[0], len(prompt)), replace=False)
+            cells.append(cut_edits(n_layers, queries, sorted(keys.tolist())))
+            coordinates.append(("masked_random", step, draw))
+    own = _answer_ids(trunk, trunk.chain.answer)
+    contrast = AnswerContrast(own, 0, own[0], own[0])
+    base, *rows = trunk.run.edited(cells, n_logits=contrast.n_logits, reduce=contrast.reduce).tolist()
+    for (variant, step, draw), row in zip(coordinates, rows, strict=True):
+        values = {
+            "delta_logp": float(np.log(max(base[1], 1e-45)) - np.log(max(row[1], 1e-45))),
+            "delta_p": base[1] - row[1],
+            "same": row[3],
+        }
+        measured.add("knockout", variant, values, len(trunk.run.tokens), step=step, seed=draw)
+    return measured
+

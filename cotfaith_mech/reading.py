@@ -1,0 +1,147 @@
+"""How a reader's answer is read off a chain, and off every text variant of it, on one shared trunk.
+
+1. Number and text answers: the teacher-forced log-probability of each named answer after the cue, the sum over its
+   tokens; `greedy` says whether greedy decoding would write exactly it (every token is the argmax and, for numbers,
+   the next token is no further digit).
+2. Choices: the next-token distribution over the labels after the cue, renormalised; the mass outside the labels is
+   kept (`label_mass`), never hidden.
+3. Every variant is encoded whole, as text; the engine then shares the tokens it has in common with the base chain.
+Source: MEASURES 'Reading an answer'; Lanham et al. 2307.13702 for the forced answer after a cue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .answers import extract_answer
+from .chains import Chain, TokenSpans, token_spans
+from .errors import CotfaithError
+from .model import Branch, CachedRun, Model
+from .problems import AnswerKind
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One answer under one variant: log-probability (nats), whether greedy decoding gives it, entropy (nats) of the
+    next-token distribution where the answer's first visible token is read, tokens read, and for choices the
+    probability mass on the labels."""
+
+    logp: float
+    greedy: bool
+    entropy: float
+    n_tokens: int
+    label_mass: float = 1.0
+
+    @property
+    def p(self) -> float:
+        return float(np.exp(self.logp))
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A chain that a reader has run once, with the reader's own answer a* forced after the cue."""
+
+    model: Model
+    chain: Chain
+    kind: AnswerKind
+    labels: tuple[str, ...]
+    spans: TokenSpans
+    run: CachedRun
+
+    @classmethod
+    def of(cls, model: Model, chain: Chain, kind: AnswerKind, labels: tuple[str, ...] = ()) -> Trunk:
+        """Find a* (or keep `chain.answer` if it is set already) and run the chain with it."""
+        if not chain.answer:
+            chain = chain.with_answer(own_answer(model, chain, kind, labels))
+        encoding = model.encode(chain.text)
+        spans = token_spans(chain, encoding)
+        return cls(model, chain, kind, labels, spans, model.cached_run(encoding.ids))
+
+    def read(self, variants: Sequence[Chain], answers: Sequence[str]) -> list[list[Reading]]:
+        """Readings `[variant][answer]`; `answers` are texts as they stand after the cue (`' 22'`)."""
+        if self.kind == "choice":
+            return self._read_choices(variants, answers)
+        branches, answer_ids = [], []
+        for variant in variants:
+            for answer in answers:
+                forced = variant.with_answer(answer)
+                encoding = self.model.encode(forced.text)
+                start, end = token_spans(forced, encoding).answer
+                branches.append(Branch(encoding.ids, end - start + 1))
+                answer_ids.append(encoding.ids[start:])
+        rows = self.run.branches(branches, reduce=lambda logits, i: self._forced(logits, answer_ids[i]))
+        readings = [
+            Reading(float(row[0]), bool(row[1]), float(row[2]), len(branch.tokens))
+            for row, branch in zip(rows, branches, strict=True)
+        ]
+        width = len(answers)
+        return [readings[i : i + width] for i in range(0, len(readings), width)]
+
+    def _forced(self, logits: Float[Tensor, "read vocab"], ids: Sequence[int]) -> Float[Tensor, "3"]:
+        logp = logits.log_softmax(-1)
+        target = torch.tensor(ids, device=logits.device)
+        best = logits.argmax(-1).tolist()
+        greedy = best[:-1] == list(ids) and not (
+            self.kind == "number" and self.model.decode(best[-1:])[:1].isdigit()
+        )
+        visible = next((i for i, token in enumerate(ids) if self.model.decode([token]).strip()), 0)
+        total = logp[:-1].gather(1, target[:, None]).sum()
+        return torch.stack([total, torch.tensor(float(greedy), device=total.device), _entropy(logp[visible])])
+
+    def _read_choices(self, variants: Sequence[Chain], answers: Sequence[str]) -> list[list[Reading]]:
+        first = label_tokens(self.model, variants[0], self.labels)
+        wanted = [self.labels.index(answer.strip()) for answer in answers]
+        branches = [Branch(self.model.encode(variant.with_answer("").text).ids, 1) for variant in variants]
+
+        def reduce(logits: Float[Tensor, "1 vocab"], _: int) -> Float[Tensor, "label_and_mass"]:
+            on_labels = logits[0].log_softmax(-1)[list(first)]
+            return torch.cat([on_labels.log_softmax(-1), on_labels.exp().sum()[None]])
+
+        rows = self.run.branches(branches, reduce=reduce)
+        return [
+            [
+                Reading(float(row[w]), int(row[:-1].argmax()) == w, float(_entropy(row[:-1])), len(b.tokens), float(row[-1]))
+                for w in wanted
+            ]
+            for row, b in zip(rows, branches, strict=True)
+        ]
+
+
+def _entropy(logp: Float[Tensor, "vocab"]) -> Float[Tensor, ""]:
+    return -(logp.exp() * logp).nan_to_num().sum()
+
+
+def label_tokens(model: Model, chain: Chain, labels: Sequence[str]) -> tuple[int, ...]:
+    """First token of each choice label after the cue; CotfaithError when two labels share it."""
+    tokens = []
+    for label in labels:
+        forced = chain.with_answer(f" {label}")
+        encoding = model.encode(forced.text)
+        tokens.append(encoding.ids[token_spans(forced, encoding).answer[0]])
+    if len(set(tokens)) < len(tokens):
+        raise CotfaithError(
+            f"Choice labels {list(labels)} share a first token under {model.info.name!r}; "
+            "use labels that differ in their first token, such as A, B, C."
+        )
+    return tuple(tokens)
+
+
+def own_answer(model: Model, chain: Chain, kind: AnswerKind, labels: Sequence[str] = (), max_new_tokens: int = 12) -> str:
+    """The reader's greedy answer after the complete chain, as text after the cue; CotfaithError when there is none."""
+    prompt = chain.with_answer("").text
+    if kind == "choice":
+        first = label_tokens(model, chain, labels)
+        tokens = torch.tensor([model.encode(prompt).ids], device=model.info.device)
+        logits = model.run(tokens).logits[0, -1]
+        return f" {labels[int(logits[list(first)].argmax())]}"
+    written = model.generate([prompt], max_new_tokens=max_new_tokens)[0]
+    answer = extract_answer(written, kind)
+    if not answer:
+        raise CotfaithError(f"{model.info.name!r} wrote no {kind} after the cue {chain.cue!r}, but {written!r}.")
+    return f" {answer}"

@@ -1,0 +1,310 @@
+"""The report's interactive charts as plotly.js values (`data`, `layout`): tables of views.py in, plain dicts out.
+
+plotly.js reads a little markup in every text it draws, so each text of a model or data set passes through `label`.
+Colours of text and grid are left to the page, which knows whether it is light or dark.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .. import views
+from ..figures import CONFLICT_COLOURS, CONFLICT_LABELS, CURVE_LABELS, CURVE_Y, READER_COLOURS
+from ..stats import Estimate
+
+RDBU = (
+    "#67001f", "#b2182b", "#d6604d", "#f4a582", "#fddbc7", "#f7f7f7", "#d1e5f0", "#92c5de", "#4393c3", "#2166ac",
+    "#053061",
+)  # fmt: skip
+"""ColorBrewer's RdBu, red (negative) to blue (positive)."""
+SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
+
+
+def label(text: str, width: int = 60, most: int = 240) -> str:
+    """Text that plotly draws as it stands: shortened, wrapped, its markup characters as entities."""
+    short = textwrap.shorten(text, most, placeholder=" …") if len(text) > most else text
+    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(short, width)) or " "
+
+
+def numbers(values: Iterable[Any]) -> list[float | None]:
+    """JSON numbers of at most five significant digits; what is not finite is null."""
+    return [float(f"{value:.5g}") if not pd.isna(value) and math.isfinite(value) else None for value in values]
+
+
+def colour(readers: Sequence[str], reader: str) -> str:
+    return READER_COLOURS[list(readers).index(reader) % len(READER_COLOURS)]
+
+
+def _chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -> dict[str, Any]:
+    return {"title": title, "height": height, "data": data, "layout": layout}
+
+
+def curve_charts(curves: pd.DataFrame, readers: Sequence[str]) -> list[dict[str, Any]]:
+    """One chart a test: a line and a band per reader."""
+    charts = []
+    for measure in views.CURVES:
+        traces = []
+        for number, reader in enumerate(readers):
+            one = curves[(curves["measure"] == measure) & (curves["reader"] == reader)]
+            if len(one):
+                traces += _line_with_band(one, label(reader), colour(readers, reader), SYMBOLS[number % len(SYMBOLS)])
+        if traces:
+            x = {"title": {"text": "fraction of the chain kept"}, "range": [-0.03, 1.03]}
+            y = {"title": {"text": CURVE_Y}, "range": [-0.03, 1.06]}
+            charts.append(_chart(CURVE_LABELS[measure], traces, 300, xaxis=x, yaxis=y))
+    return charts
+
+
+def _line_with_band(one: pd.DataFrame, name: str, shade: str, symbol: str) -> list[dict[str, Any]]:
+    x = numbers(one["x"])
+    hidden = {
+        "x": x,
+        "mode": "lines",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "showlegend": False,
+        "legendgroup": name,
+    }
+    low = {**hidden, "y": numbers(one["low"])}
+    high = {**hidden, "y": numbers(one["high"]), "fill": "tonexty", "fillcolor": shade + "26"}
+    line = {
+        "x": x,
+        "y": numbers(one["value"]),
+        "name": name,
+        "legendgroup": name,
+        "mode": "lines+markers",
+        "line": {"color": shade, "width": 2},
+        "marker": {"symbol": symbol, "size": 7},
+        "customdata": [list(row) for row in zip(low["y"], high["y"], one["n"].tolist(), strict=True)],
+        "hovertemplate": "%{y:.2f} [%{customdata[0]:.2f}, %{customdata[1]:.2f}], %{customdata[2]} problems"
+        f"<extra>{name}</extra>",
+    }
+    return [low, high, line]
+
+
+def conflict_chart(triple: pd.DataFrame, readers: Sequence[str]) -> dict[str, Any]:
+    """Stacked bars: whose answer is given, a bar per record variant and reader."""
+    rows = triple.assign(order=triple["reader"].map(list(readers).index)).sort_values(["variant", "order"])
+    variants = [label(variant.replace("_", " "), 14) for variant in rows["variant"]]
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "y": [variants, [label(reader) for reader in rows["reader"]]],
+            "x": numbers(rows[metric]),
+            "name": CONFLICT_LABELS[metric],
+            "marker": {"color": shade},
+            "texttemplate": "%{x:.2f}",
+            "textfont": {"color": "#1b1b1b"},
+            "textposition": "inside",
+            "insidetextanchor": "middle",
+            "hovertemplate": "%{y}: %{x:.3f}<extra>" + CONFLICT_LABELS[metric] + "</extra>",
+        }
+        for metric, shade in CONFLICT_COLOURS.items()
+    ]
+    x = {"title": {"text": "probability"}, "range": [0, 1]}
+    y = {"autorange": "reversed", "ticklabelposition": "outside"}
+    uniform = {"minsize": 9, "mode": "hide"}
+    return _chart("", data, 130 + 30 * len(rows), barmode="stack", bargap=0.25, xaxis=x, yaxis=y, uniformtext=uniform)
+
+
+def forest_chart(differences: Sequence[Estimate], readers: Sequence[str]) -> dict[str, Any]:
+    """Paired differences with their intervals, one row an endpoint and arm."""
+    data = []
+    for arm in dict.fromkeys(estimate.arm for estimate in differences):
+        own = [estimate for estimate in differences if estimate.arm == arm]
+        reader = arm.split("-")[0]
+        shade = colour(readers, reader) if reader in readers else "#777777"
+        values, lows, highs = (numbers(getattr(e, field) for e in own) for field in ("value", "ci_low", "ci_high"))
+        above = [None if v is None or h is None else h - v for v, h in zip(values, highs, strict=True)]
+        below = [None if v is None or low is None else v - low for v, low in zip(values, lows, strict=True)]
+        data.append(
+            {
+                "mode": "markers",
+                "x": values,
+                "y": [label(e.name.replace("/", " / ").replace("_", " "), 20) for e in own],
+                "name": label(arm),
+                "marker": {"color": shade, "size": 9, "symbol": SYMBOLS[len(data) % len(SYMBOLS)]},
+                "error_x": {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": shade},
+                "customdata": [list(pair) for pair in zip(lows, highs, strict=True)],
+                "hovertemplate": "%{x:+.3f} [%{customdata[0]:+.3f}, %{customdata[1]:+.3f}]<extra>"
+                + label(arm)
+                + "</extra>",
+            }
+        )
+    names = len({estimate.name for estimate in differences})
+    x = {"title": {"text": "paired difference"}, "zeroline": True}
+    y = {"autorange": "reversed"}
+    return _chart("", data, 130 + 62 * names, xaxis=x, yaxis=y, scattermode="group", scattergap=0.4)
+
+
+def heatmap(
+    title: str,
+    values: np.ndarray,
+    x: Sequence[Any],
+    y: Sequence[str],
+    limit: float,
+    hover: list[list[str]],
+    *,
+    row_height: int = 30,
+    axes: tuple[str, str] = ("", ""),
+) -> dict[str, Any]:
+    """A RdBu map centred at 0 with limits ±`limit`; `hover[row][column]` is already safe text."""
+    colours = [[i / (len(RDBU) - 1), shade] for i, shade in enumerate(RDBU)]
+    trace = {
+        "type": "heatmap",
+        "z": [numbers(row) for row in values],
+        "x": [str(value) for value in x],
+        "y": list(range(len(y))),
+        "text": hover,
+        "hovertemplate": "%{text}<br><b>%{z:+.3f}</b><extra></extra>",
+        "colorscale": colours,
+        "zmin": -limit,
+        "zmid": 0,
+        "zmax": limit,
+        "showscale": False,
+        "xgap": 1,
+        "ygap": 1,
+        "hoverongaps": False,
+    }
+    every = max(1, -(-len(y) // 16))
+    ticks = list(range(0, len(y), every))
+    y_axis = {"tickvals": ticks, "ticktext": [y[i] for i in ticks], "title": {"text": axes[1]}, "showgrid": False}
+    x_axis = {"type": "category", "title": {"text": axes[0]}, "showgrid": False, "nticks": 12, "tickangle": 0}
+    return _chart(title, [trace], 84 + row_height * len(y), xaxis=x_axis, yaxis={**y_axis, "zeroline": False})
+
+
+def limit_of(values: Iterable[float]) -> float:
+    """Largest finite absolute value, 1 where there is none: the colour scale's end."""
+    finite = [abs(float(value)) for value in values if not pd.isna(value)]
+    return max(finite, default=0.0) or 1.0
+
+
+def patching_charts(cells: pd.DataFrame, readers: Sequence[str]) -> dict[str, Any]:
+    """Maps of layer x role of the step for one variant: readers, then differences to the first; and the limit."""
+    roles = [role for role in views.ROLES if (cells["role"] == role).any()]
+    layers = sorted(cells["layer"].unique())
+    index = [(reader, role) for reader in readers for role in roles]
+    wide = cells.pivot_table(index=["reader", "role"], columns="layer", values="effect").reindex(index, columns=layers)
+    share = cells.pivot_table(index=["reader", "role"], columns="layer", values="recovered").reindex(
+        index, columns=layers
+    )
+    sites = cells.groupby("layer")["site"].first()
+    maps = {reader: wide.loc[reader].to_numpy(float) for reader in readers}
+    gaps = {(a, b): maps[a] - maps[b] for a, b in views.differences(readers)}
+    limit = limit_of(np.concatenate([*maps.values(), *gaps.values()]).ravel())
+    where = [[f"{role}<br>{label(str(sites[layer]))}" for layer in layers] for role in roles]
+    charts = []
+    for reader in readers:
+        parts = share.loc[reader].to_numpy(float)
+        hover = [
+            [f"{text}<br>recovered {part:.0%}" if np.isfinite(part) else text for text, part in zip(*row, strict=True)]
+            for row in zip(where, parts, strict=True)
+        ]
+        charts.append(heatmap(f"reader {reader}", maps[reader], layers, roles, limit, hover, axes=("layer", "")))
+    charts += [
+        heatmap(f"{a} − {b}", gap, layers, roles, limit, where, axes=("layer", "")) for (a, b), gap in gaps.items()
+    ]
+    for chart in charts:
+        chart["layout"]["yaxis"]["autorange"] = "reversed"
+    return {"charts": charts, "limit": limit}
+
+
+def chain_charts(cells: pd.DataFrame, chain: dict[str, Any], readers: Sequence[str]) -> dict[str, Any]:
+    """Maps of layer x step of one chain and variant, one a reader, and the limit; hover shows site and step text."""
+    layers = sorted(cells["layer"].unique())
+    sites = cells.groupby("layer")["site"].first()
+    steps = range(len(chain["steps"]))
+    limit = limit_of(cells["effect"])
+    names = [f"{step + 1}{' ●' if step == chain.get('true_step') else ''}" for step in steps]
+    hover = [[f"{label(chain['steps'][j])}<br>{label(str(sites[layer]))}" for layer in layers] for j in steps]
+    charts = []
+    for reader in readers:
+        one = cells[cells["reader"] == reader]
+        if len(one):
+            wide = one.pivot_table(index="step", columns="layer", values="effect").reindex(steps, columns=layers)
+            chart = heatmap(
+                f"reader {reader}", wide.to_numpy(float), layers, names, limit, hover, axes=("layer", "step")
+            )
+            chart["layout"]["yaxis"]["autorange"] = "reversed"
+            charts.append(chart)
+    return {"charts": charts, "limit": limit}
+
+
+def knockout_chart(losses: pd.DataFrame, readers: Sequence[str]) -> dict[str, Any]:
+    """Boxes with every problem as a point, grouped by the role of the step."""
+    order = [role for role in (*views.ROLES, "random") if (losses["role"] == role).any()]
+    data = []
+    for reader in readers:
+        one = losses[losses["reader"] == reader]
+        box = {
+            "type": "box",
+            "x": one["role"].replace({"random": "random positions"}).tolist(),
+            "y": numbers(one["value"]),
+            "text": [label(problem) for problem in one["problem_id"]],
+            "name": label(reader),
+            "marker": {"color": colour(readers, reader), "size": 5, "opacity": 0.55},
+            "line": {"width": 1.3},
+            "boxpoints": "all",
+            "boxmean": True,
+            "jitter": 0.5,
+            "pointpos": 0,
+            "hovertemplate": "%{text}: %{y:.3f}<extra>" + label(reader) + "</extra>",
+        }
+        data.append(box)
+    x = {
+        "categoryorder": "array",
+        "categoryarray": [role if role != "random" else "random positions" for role in order],
+    }
+    y = {"title": {"text": "probability lost"}, "zeroline": True}
+    return _chart("", data, 360, boxmode="group", xaxis=x, yaxis=y)
+
+
+def attribution_charts(heads: pd.DataFrame, readers: Sequence[str]) -> dict[str, Any]:
+    """Maps of layer x head, one a reader, and the limit."""
+    layers, columns = sorted(heads["layer"].unique()), sorted(heads["head"].unique())
+    limit = limit_of(heads["value"])
+    hover = [[f"layer {layer}, head {head}" for head in columns] for layer in layers]
+    charts = []
+    for reader in readers:
+        one = heads[heads["reader"] == reader]
+        if len(one):
+            wide = one.pivot_table(index="layer", columns="head", values="value").reindex(layers, columns=columns)
+            rows = [str(layer) for layer in layers]
+            height = 26 if len(layers) <= 12 else 11
+            chart = heatmap(
+                f"reader {reader}", wide.to_numpy(float), columns, rows, limit, hover, row_height=height, axes=("head", "layer")
+            )  # fmt: skip
+            charts.append(chart)
+    return {"charts": charts, "limit": limit}
+
+
+def bridge_chart(points: pd.DataFrame, disagreements: pd.DataFrame, readers: Sequence[str]) -> dict[str, Any]:
+    """Behaviour against mechanism, one point a step; steps of disagreeing chains carry a dark ring."""
+    apart = set(zip(disagreements["reader"], disagreements["chain_id"], strict=True))
+    data = []
+    for number, reader in enumerate(readers):
+        one = points[points["reader"] == reader]
+        ringed = [(reader, chain) in apart for chain in one["chain_id"]]
+        marker = {
+            "color": colour(readers, reader),
+            "size": 9,
+            "opacity": 0.75,
+            "symbol": SYMBOLS[number % len(SYMBOLS)],
+            "line": {"width": [2 if ring else 0 for ring in ringed], "color": "#777777"},
+        }
+        names = [f"{label(p)}, step {s + 1}" for p, s in zip(one["problem_id"], one["step"], strict=True)]
+        trace = {"mode": "markers", "x": numbers(one["mistake"]), "y": numbers(one["knockout"]), "name": label(reader)}
+        hover = "%{text}<br>mistake %{x:.2f}, knockout %{y:.2f}<extra>" + label(reader) + "</extra>"
+        links = [str(chain) for chain in one["chain_id"]]
+        data.append({**trace, "marker": marker, "text": names, "customdata": links, "hovertemplate": hover})
+    x = {"title": {"text": "behaviour: mistake in the step (total variation)"}}
+    y = {"title": {"text": "mechanism: knockout (probability lost)"}}
+    return _chart("", data, 420, xaxis=x, yaxis=y)

@@ -1,0 +1,277 @@
+"""Numbers with their uncertainty. The statistical unit is the problem; everything here resamples problems.
+
+1. An interval belongs to a statistic of a set of problems, given as a function of their indices. From 50 problems on
+   it is the bias-corrected accelerated bootstrap (BCa, Efron 1987, by scipy). Below, BCa covers too little (measured
+   here: tests/test_stats.py), so the interval is studentised: value -+ t(n - 1) x jackknife standard error. For a mean
+   that is Student's t interval on the problem means; for a ratio or a correlation it is Tukey's jackknife. A
+   bootstrap-t was not chosen: few problems with 0/1 outcomes give resamples of zero variance.
+2. Paired differences get a sign-flip permutation p (scipy, exact up to 14 differing problems), flips of 0/1 outcomes
+   the exact McNemar p (statsmodels), associations within chains a permutation p within chains.
+3. Families of p are adjusted by Holm (primary endpoints) or Benjamini-Hochberg (maps), both by statsmodels.
+
+Undefined is NaN and the note says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from jaxtyping import Float, Int, Shaped
+from numpy.random import Generator
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+BCA_FROM = 50
+LEVEL = 0.95
+N_RESAMPLES = 2000
+N_SIGN_FLIPS = 2**14
+
+Statistic = Callable[[Int[np.ndarray, " problem"]], float]
+"""A number computed from the problems at the given indices (with repeats, when resampled)."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its uncertainty: one row of estimates.parquet.
+
+    `arm` is a reader ("A") or a difference of two ("B-A"); `method` has no "; " in it, because the note is stored
+    behind the method after that mark. An undefined number is NaN.
+    """
+
+    name: str
+    arm: str
+    n_problems: int
+    value: float
+    ci_low: float
+    ci_high: float
+    p: float
+    method: str
+    note: str = ""
+
+
+class Interval(NamedTuple):
+    """A 95% interval, the method that gave it and what the reader of it must know."""
+
+    low: float
+    high: float
+    method: str
+    note: str = ""
+
+
+def interval(n: int, statistic: Statistic, rng: Generator) -> Interval:
+    """95% interval of `statistic` over `n` problems: BCa from 50 problems on, jackknife t below.
+
+    A statistic that no single problem can move has an interval of width 0, and the note says so. An undefined
+    statistic, or one problem, has none (NaN).
+    """
+    value = statistic(np.arange(n)) if n else np.nan
+    if not np.isfinite(value) or n < 2:
+        return Interval(np.nan, np.nan, "none", f"undefined over {n} problems" if n != 1 else "one problem")
+    left_out = np.array([statistic(np.delete(np.arange(n), i)) for i in range(n)])
+    if not np.isfinite(left_out).all():
+        return Interval(np.nan, np.nan, "none", "the value is undefined once one problem is left out")
+    if np.ptp(left_out) < 1e-12 * max(1.0, abs(value)):
+        return Interval(value, value, "none", "no variance between problems")
+    bca = _bca(n, statistic, rng) if n >= BCA_FROM else None
+    return bca or _jackknife_t(value, left_out)
+
+
+def _jackknife_t(value: float, left_out: Float[np.ndarray, " problem"]) -> Interval:
+    n = len(left_out)
+    error = np.sqrt((n - 1) * left_out.var())
+    half = scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1) * error
+    return Interval(float(value - half), float(value + half), "jackknife t over problems")
+
+
+def _bca(n: int, statistic: Statistic, rng: Generator) -> Interval | None:
+    """None where the bootstrap distribution is degenerate and BCa has no answer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        result = scipy.stats.bootstrap(
+            (np.arange(n),), statistic, vectorized=False, method="BCa", n_resamples=N_RESAMPLES, rng=rng
+        )
+    low, high = result.confidence_interval
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return None
+    return Interval(float(low), float(high), "BCa bootstrap over problems")
+
+
+def mean_estimate(name: str, arm: str, values: Float[np.ndarray, " problem"], rng: Generator) -> Estimate:
+    """Mean over problems, one value each; NaN values are problems on which the quantity is undefined."""
+    known = values[np.isfinite(values)]
+    return statistic_estimate(name, arm, len(known), lambda index: float(known[index].mean()), rng)
+
+
+def statistic_estimate(
+    name: str, arm: str, n: int, statistic: Statistic, rng: Generator, p: float = np.nan, note: str = ""
+) -> Estimate:
+    """Any statistic of `n` problems with its interval."""
+    value = float(statistic(np.arange(n))) if n else np.nan
+    low, high, method, why = interval(n, statistic, rng)
+    return Estimate(name, arm, n, value, low, high, float(p), method, ", ".join(filter(None, (note, why))))
+
+
+def difference_estimate(
+    name: str,
+    arm: str,
+    base: Float[np.ndarray, " problem"],
+    other: Float[np.ndarray, " problem"],
+    rng: Generator,
+) -> Estimate:
+    """Mean of other - base, paired by problem; problems undefined for either are left out.
+
+    p is exact McNemar where every outcome is 0 or 1, the sign-flip permutation p elsewhere.
+    """
+    both = np.isfinite(base) & np.isfinite(other)
+    base, other = base[both], other[both]
+    delta = other - base
+    binary = bool(np.isin(base, (0, 1)).all() and np.isin(other, (0, 1)).all())
+    p = mcnemar_p(base, other) if binary else sign_flip_p(delta, rng)
+    test = "exact McNemar" if binary else "sign-flip permutation"
+    estimate = statistic_estimate(name, arm, len(delta), lambda index: float(delta[index].mean()), rng, p)
+    return Estimate(**{**vars(estimate), "method": f"{estimate.method}, p {test}"})
+
+
+def ratio_of_sums(
+    numerator: Float[np.ndarray, " problem"], denominator: Float[np.ndarray, " problem"]
+) -> Callable[[Int[np.ndarray, " problem"]], float]:
+    """Sum over sum as a statistic of problems; NaN where the denominator's sum is 0.
+
+    A mean of ratios would weigh problems by one over their own effect; see MEASURES.md, 'recovered'.
+    """
+
+    def statistic(index: Int[np.ndarray, " problem"]) -> float:
+        total = denominator[index].sum()
+        return float(numerator[index].sum() / total) if total else np.nan
+
+    return statistic
+
+
+Sums = tuple[Float[np.ndarray, " problem"], Float[np.ndarray, " problem"]]
+"""Numerator and denominator of each problem."""
+
+
+def ratio_difference_estimate(name: str, arm: str, base: Sums, other: Sums, rng: Generator, note: str = "") -> Estimate:
+    """Ratio of sums of `other` minus that of `base`, over the same problems; p by swapping the readers' labels."""
+    of_base, of_other = ratio_of_sums(*base), ratio_of_sums(*other)
+    p = _label_swap_p(base, other, rng)
+    estimate = statistic_estimate(name, arm, len(base[0]), lambda i: of_other(i) - of_base(i), rng, p, note)
+    return Estimate(**{**vars(estimate), "method": f"{estimate.method}, p label-swap permutation"})
+
+
+def _label_swap_p(base: Sums, other: Sums, rng: Generator) -> float:
+    """Two-sided p of the difference of the ratios of sums when each problem's two readers are exchangeable."""
+    if not len(base[0]) or not (base[1].sum() and other[1].sum()):
+        return np.nan
+    swapped = rng.integers(0, 2, (N_RESAMPLES, len(base[0])))
+    swapped[0] = 0
+    sums = [
+        (a @ (1 - swapped).T + b @ swapped.T, b @ (1 - swapped).T + a @ swapped.T)
+        for a, b in zip(base, other, strict=True)
+    ]
+    (base_top, other_top), (base_bottom, other_bottom) = sums
+    with np.errstate(divide="ignore", invalid="ignore"):
+        difference = np.abs(other_top / other_bottom - base_top / base_bottom)
+    return float(np.mean(~(difference < difference[0] - 1e-12)))
+
+
+def sign_flip_p(differences: Float[np.ndarray, " problem"], rng: Generator) -> float:
+    """Two-sided p of 'each difference is as likely positive as negative'; statistic: their sum. NaN without any."""
+    moved = differences[differences != 0]
+    if not len(moved):
+        return 1.0 if len(differences) else np.nan
+    result = scipy.stats.permutation_test(
+        (moved,), np.sum, permutation_type="samples", vectorized=True, n_resamples=N_SIGN_FLIPS, rng=rng
+    )
+    return float(result.pvalue)
+
+
+def mcnemar_p(before: Float[np.ndarray, " problem"], after: Float[np.ndarray, " problem"]) -> float:
+    """Exact McNemar p for paired 0/1 outcomes; 1 where nothing flips, NaN without problems."""
+    if not len(before):
+        return np.nan
+    up = int(((before == 0) & (after == 1)).sum())
+    down = int(((before == 1) & (after == 0)).sum())
+    if up + down == 0:
+        return 1.0
+    result = mcnemar([[0, up], [down, 0]], exact=True)
+    return float(result.pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def adjusted(p_values: Sequence[float], method: Literal["holm", "fdr_bh"]) -> Float[np.ndarray, " test"]:
+    """Adjusted p of one family. An undefined p stays NaN but still counts as a member of the family."""
+    p = np.asarray(p_values, dtype=float)
+    if not len(p):
+        return p
+    known = np.isfinite(p)
+    corrected = np.asarray(multipletests(np.where(known, p, 1.0), method=method)[1])
+    return np.where(known, corrected, np.nan)
+
+
+def clusters(labels: Sequence[Hashable]) -> list[Int[np.ndarray, " row"]]:
+    """Row numbers of each problem, in order of first appearance: the one partition all statistics resample."""
+    codes, _ = pd.factorize(np.asarray(labels, dtype=object))
+    order = np.argsort(codes, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else []
+
+
+def cluster_estimate(
+    name: str,
+    arm: str,
+    labels: Sequence[Hashable],
+    statistic: Callable[[Int[np.ndarray, " row"]], float],
+    rng: Generator,
+    p: float = np.nan,
+    note: str = "",
+) -> Estimate:
+    """A statistic of table rows; whole problems (rows of equal label) are resampled or left out together."""
+    groups = clusters(labels)
+
+    def of_problems(index: Int[np.ndarray, " problem"]) -> float:
+        return statistic(np.concatenate([groups[i] for i in index]))
+
+    return statistic_estimate(name, arm, len(groups), of_problems, rng, p, note)
+
+
+def within_chain_p(
+    values: Float[np.ndarray, " row"],
+    chains: Shaped[np.ndarray, " row"],
+    statistic: Callable[[Float[np.ndarray, " row"]], float],
+    rng: Generator,
+    n_permutations: int = 999,
+) -> float:
+    """One-sided p of a statistic at least this large when `values` are shuffled within each chain.
+
+    (1 + count) / (1 + n_permutations), so never 0; NaN where the observed statistic is undefined.
+    """
+    observed = statistic(values)
+    if not np.isfinite(observed):
+        return np.nan
+    groups = clusters(list(chains))
+    at_least = 0
+    for _ in range(n_permutations):
+        shuffled = values.copy()
+        for rows in groups:
+            shuffled[rows] = values[rng.permutation(rows)]
+        at_least += statistic(shuffled) >= observed - 1e-12
+    return (1 + at_least) / (1 + n_permutations)
+
+
+def coverage(population: Float[np.ndarray, " problem"], n: int, rng: Generator, n_simulations: int = 500) -> float:
+    """Share of simulated samples of `n` problems whose interval covers the mean of `population`.
+
+    The observed values stand for the population, so this is what the interval's 95% is worth on such data.
+    """
+    truth = population.mean()
+    hits = 0
+    for _ in range(n_simulations):
+        sample = rng.choice(population, n)
+        low, high, *_ = interval(n, lambda index, s=sample: float(s[index].mean()), rng)
+        hits += low <= truth <= high
+    return hits / n_simulations

@@ -1,0 +1,267 @@
+"""Tidy tables that the figures and the report draw from: Records in, one small table per picture out.
+
+1. Every table is averaged within a problem first, then over problems: the problem is the statistical unit.
+2. Steps of a chain may stand in any order, so step tables are aligned by role: the step the answer rests on
+   (`true step`) against the mean of the `other steps`; chains without a known true step have `all steps`.
+3. Bands are percentile bootstrap intervals of the mean over problems, pointwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+CURVES = ("early_termination", "filler", "paraphrase")
+ROLES = ("true step", "other steps", "all steps")
+BAND_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One way to weigh a step: its name in tables, its name for readers, its unit, and what a positive value means."""
+
+    key: str
+    label: str
+    unit: str
+    meaning: str
+
+
+EFFECTS = (
+    Effect("knockout", "attention knockout", "probability", "probability the answer loses when the cue cannot see it"),
+    Effect("mistake", "mistake in the step", "total variation", "how far a mistake in it moves the answer"),
+    Effect("patch", "patch at a middle layer", "logits", "logit difference restored by the source's activations"),
+    Effect("direct", "direct contribution", "logits", "logits the heads carry from it straight to the answer"),
+)
+
+
+def steps_of(chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row per step of each chain: `chain_id step role`."""
+    rows = []
+    for chain in chains:
+        true = chain.get("true_step")
+        for step in range(len(chain["steps"])):
+            role = "all steps" if true is None else "true step" if step == true else "other steps"
+            rows.append({"chain_id": chain["chain_id"], "step": step, "role": role})
+    frame = pd.DataFrame(rows, columns=["chain_id", "step", "role"])
+    return frame.astype({"step": "Int64"})
+
+
+def select(records: pd.DataFrame, measure: str, metric: str, variant: str | None = None) -> pd.DataFrame:
+    """The records of one measure and metric (and variant)."""
+    keep = (records["measure"] == measure) & (records["metric"] == metric)
+    if variant is not None:
+        keep &= records["variant"] == variant
+    return records[keep]
+
+
+def band(values: Float[np.ndarray, "problem"], draws: int = BAND_DRAWS) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean of `values`; NaN where fewer than two are given."""
+    values = values[~np.isnan(values)]
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    rows = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[rows].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def curves(records: pd.DataFrame, chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Share of unchanged answers over the fraction of the chain kept.
+
+    Returns `reader measure x value low high n`. Chains of unequal length are interpolated to a common grid of
+    fractions; equal ones keep their own points. Each problem counts once.
+    """
+    lengths = {chain["chain_id"]: len(chain["steps"]) for chain in chains}
+    grid = _fraction_grid(set(lengths.values()))
+    rows = []
+    for measure in CURVES:
+        found = select(records, measure, "same").dropna(subset=["step"])
+        found = found[found["chain_id"].isin(list(lengths))]
+        for reader, of_reader in found.groupby("reader"):
+            curve = np.array([_curve(one, lengths, grid) for _, one in of_reader.groupby("problem_id")])
+            rows += _curve_rows(str(reader), measure, grid, curve)
+    return pd.DataFrame(rows, columns=["reader", "measure", "x", "value", "low", "high", "n"])
+
+
+def _fraction_grid(lengths: set[int]) -> Float[np.ndarray, "x"]:
+    n = lengths.pop() if len(lengths) == 1 else 10
+    return np.arange(n + 1) / n
+
+
+def _curve(records: pd.DataFrame, lengths: dict[str, int], grid: Float[np.ndarray, "x"]) -> Float[np.ndarray, "x"]:
+    """One problem's curve at `grid`: mean over its chains; NaN outside the fractions that were measured."""
+    rows = []
+    for chain, one in records.groupby("chain_id"):
+        points = one.groupby("step")["value"].mean()
+        x = points.index.to_numpy(dtype=float) / lengths[str(chain)]
+        rows.append(np.interp(grid, x, points.to_numpy(dtype=float), left=np.nan, right=np.nan))
+    return np.mean(rows, axis=0)
+
+
+def _curve_rows(
+    reader: str, measure: str, grid: Float[np.ndarray, "x"], curve: Float[np.ndarray, "problem x"]
+) -> list[dict[str, Any]]:
+    rows = []
+    for x, values in zip(grid, curve.T, strict=True):
+        n = int((~np.isnan(values)).sum())
+        if n:
+            low, high = band(values)
+            value = float(np.nanmean(values))
+            row = {"reader": reader, "measure": measure, "x": x, "value": value, "low": low, "high": high, "n": n}
+            rows.append(row)
+    return rows
+
+
+def patches(records: pd.DataFrame) -> pd.DataFrame:
+    """Patching cells as effects: `reader problem_id chain_id variant site layer step effect gap`.
+
+    effect = logit difference of the edited run minus that of the base run (logits); gap = source minus base, so
+    that the sum of effects over the sum of gaps is the recovered share.
+    """
+    keys = ["reader", "problem_id", "chain_id", "variant"]
+    cells = select(records, "patching", "logit_diff").dropna(subset=["step", "layer"])
+    cells = cells.groupby([*keys, "site", "layer", "step"], as_index=False)["value"].mean()
+    for metric in ("logit_diff_base", "logit_diff_source"):
+        reference = select(records, "patching", metric).groupby(keys)["value"].mean().rename(metric)
+        cells = cells.merge(reference, on=keys, how="left")
+    cells["effect"] = cells["value"] - cells["logit_diff_base"]
+    cells["gap"] = cells["logit_diff_source"] - cells["logit_diff_base"]
+    return cells.drop(columns=["value", "logit_diff_base", "logit_diff_source"])
+
+
+def aligned_patches(records: pd.DataFrame, chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Mean patching effect by role of the step: `reader variant role layer site effect recovered n`."""
+    cells = patches(records).merge(steps_of(chains), on=["chain_id", "step"])
+    keys = ["reader", "variant", "role", "layer", "site"]
+    of_problem = cells.groupby([*keys, "problem_id"], as_index=False)[["effect", "gap"]].mean()
+    table = of_problem.groupby(keys, as_index=False).agg(
+        effect=("effect", "mean"), gap=("gap", "mean"), n=("problem_id", "nunique")
+    )
+    table["recovered"] = table["effect"] / table["gap"].where(table["gap"] != 0)
+    return table.drop(columns="gap")
+
+
+def conflict(records: pd.DataFrame) -> pd.DataFrame:
+    """Mean probability of each party's answer: `reader variant p_chain p_question p_other n`."""
+    found = records[(records["measure"] == "conflict") & records["metric"].isin(["p_chain", "p_question", "p_other"])]
+    of_problem = found.groupby(["reader", "variant", "problem_id", "metric"])["value"].mean().unstack("metric")
+    of_problem = of_problem.reindex(columns=["p_chain", "p_question", "p_other"])
+    grouped = of_problem.groupby(["reader", "variant"])
+    return grouped.mean().assign(n=grouped.size()).reset_index()
+
+
+def knockout(records: pd.DataFrame, chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Probability lost by the answer: `reader role problem_id value`; the role `random` is the control."""
+    masked = select(records, "knockout", "delta_p", "masked").merge(steps_of(chains), on=["chain_id", "step"])
+    control = select(records, "knockout", "delta_p", "masked_random").assign(role="random")
+    both = pd.concat([masked, control], ignore_index=True)
+    return both.groupby(["reader", "role", "problem_id"], as_index=False)["value"].mean()
+
+
+def attribution(records: pd.DataFrame, chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Mean direct logit contribution of each head from the true step: `reader layer head value n`."""
+    found = select(records, "attribution", "contribution", "direct").dropna(subset=["step", "layer", "head"])
+    found = found.merge(steps_of(chains), on=["chain_id", "step"])
+    found = found[found["role"] == "true step"]
+    of_problem = found.groupby(["reader", "layer", "head", "problem_id"], as_index=False)["value"].mean()
+    return of_problem.groupby(["reader", "layer", "head"], as_index=False).agg(
+        value=("value", "mean"), n=("problem_id", "nunique")
+    )
+
+
+def step_effects(records: pd.DataFrame) -> pd.DataFrame:
+    """Every measured effect of every single step: `effect reader problem_id chain_id step value` (keys of EFFECTS).
+
+    The patch is the denoising one (noising where no other exists) at the middle of the recorded layers; the direct
+    contribution is summed over heads and layers.
+    """
+    keys = ["reader", "problem_id", "chain_id", "step"]
+    masked = select(records, "knockout", "delta_p", "masked")
+    mistake = select(records, "mistake", "tv", "local")
+    direct = select(records, "attribution", "contribution", "direct").dropna(subset=["step", "layer"])
+    tables = {
+        "knockout": masked.groupby(keys)["value"].mean(),
+        "mistake": mistake.groupby(keys)["value"].mean(),
+        "patch": _middle_patch(patches(records), keys),
+        "direct": direct.groupby(keys)["value"].sum(min_count=1),
+    }
+    frames = [table.reset_index(name="value").assign(effect=name) for name, table in tables.items() if len(table)]
+    columns = ["effect", *keys, "value"]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def _middle_patch(cells: pd.DataFrame, keys: list[str]) -> pd.Series:
+    if cells.empty:
+        return pd.Series(dtype=float)
+    variant = "denoise" if (cells["variant"] == "denoise").any() else cells["variant"].iloc[0]
+    cells = cells[(cells["variant"] == variant) & (cells["layer"] == middle_layer(cells["layer"]))]
+    return cells.groupby(keys)["effect"].mean()
+
+
+def middle_layer(layers: pd.Series) -> int:
+    """The middle one of the recorded layers (the lower of two)."""
+    found = sorted(layers.unique())
+    return int(found[(len(found) - 1) // 2])
+
+
+def bridge(records: pd.DataFrame) -> pd.DataFrame:
+    """Behaviour against mechanism per step: `reader problem_id chain_id step mistake knockout`."""
+    effects = step_effects(records)
+    keys = ["reader", "problem_id", "chain_id", "step"]
+    wide = effects.pivot_table(index=keys, columns="effect", values="value").reset_index()
+    if not {"mistake", "knockout"} <= set(wide.columns):
+        return pd.DataFrame(columns=[*keys, "mistake", "knockout"])
+    return wide[[*keys, "mistake", "knockout"]].dropna()
+
+
+def disagreements(records: pd.DataFrame) -> pd.DataFrame:
+    """Chains whose strongest step by behaviour is not the strongest by mechanism, widest gap first.
+
+    Returns `reader problem_id chain_id behaviour_step mechanism_step tv delta_p gap`. A chain counts only when its
+    strongest knockout stands above the 95th percentile of the reader's control (random positions) or its strongest
+    mistake moves half of the probability: below both, the order of the steps is a tie. gap = total variation lost
+    by following the mechanism's step instead of behaviour's own.
+    """
+    control = select(records, "knockout", "delta_p", "masked_random").groupby("reader")["value"].quantile(0.95)
+    rows = []
+    for (reader, problem, chain), steps in bridge(records).groupby(["reader", "problem_id", "chain_id"]):
+        behaviour, mechanism = steps.loc[steps["mistake"].idxmax()], steps.loc[steps["knockout"].idxmax()]
+        above = mechanism["knockout"] > control.get(reader, 0.0) or behaviour["mistake"] >= 0.5
+        if above and behaviour["step"] != mechanism["step"]:
+            rows.append(
+                {
+                    "reader": reader,
+                    "problem_id": problem,
+                    "chain_id": chain,
+                    "behaviour_step": int(behaviour["step"]),
+                    "mechanism_step": int(mechanism["step"]),
+                    "tv": float(behaviour["mistake"]),
+                    "delta_p": float(mechanism["knockout"]),
+                    "gap": float(behaviour["mistake"] - mechanism["mistake"]),
+                }
+            )
+    columns = ["reader", "problem_id", "chain_id", "behaviour_step", "mechanism_step", "tv", "delta_p", "gap"]
+    return pd.DataFrame(rows, columns=columns).sort_values("gap", ascending=False, ignore_index=True)
+
+
+def readers_of(config: dict[str, Any], records: pd.DataFrame) -> list[str]:
+    """Readers with records, in the config's order (the first is the one the others are compared with)."""
+    named = [reader["name"] if isinstance(reader, dict) else str(reader) for reader in config.get("readers") or []]
+    found = set(records["reader"])
+    return [name for name in named if name in found] + sorted(found - set(named))
+
+
+def differences(readers: Sequence[str]) -> list[tuple[str, str]]:
+    """Every other reader against the first, the untuned one: [(B, A), (C, A)]."""
+    return [(reader, readers[0]) for reader in readers[1:]]
+
+
+def primary_names(config: dict[str, Any], estimates: Sequence[Any]) -> list[str]:
+    """Names of the endpoints fixed beforehand: the config's `primary`; without it, every tested difference."""
+    named = config.get("primary") or []
+    tested = [e.name for e in estimates if "-" in e.arm and np.isfinite(e.p)]
+    return [name for name in dict.fromkeys(named or tested) if any(e.name == name for e in estimates)]
