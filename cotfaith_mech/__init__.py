@@ -1,0 +1,71 @@
+"""Does a model's answer come from the reasoning it wrote, through which path, and did fine-tuning cut that path?
+
+The public names load on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attribution import measure_attribution
+    from .behaviour import BehaviourPlan, measure_behaviour
+    from .chains import Chain
+    from .datasets_io import read_problems
+    from .errors import CotfaithError
+    from .model import load
+    from .patching import PatchPlan, measure_knockout, measure_patching
+    from .problems import Problem
+    from .reading import Trunk
+    from .records import Record, RunDirectory
+    from .sites import ActivationEdit, Site
+    from .study import StudyConfig, load_config, run_study
+
+_HOMES = {
+    "ActivationEdit": "sites",
+    "BehaviourPlan": "behaviour",
+    "Chain": "chains",
+    "CotfaithError": "errors",
+    "PatchPlan": "patching",
+    "Problem": "problems",
+    "Record": "records",
+    "RunDirectory": "records",
+    "Site": "sites",
+    "StudyConfig": "study",
+    "Trunk": "reading",
+    "load": "model",
+    "load_config": "study",
+    "measure_attribution": "attribution",
+    "measure_behaviour": "behaviour",
+    "measure_knockout": "patching",
+    "measure_patching": "patching",
+    "read_problems": "datasets_io",
+    "run_study": "study",
+}
+
+__all__ = [
+    "ActivationEdit",
+    "BehaviourPlan",
+    "Chain",
+    "CotfaithError",
+    "PatchPlan",
+    "Problem",
+    "Record",
+    "RunDirectory",
+    "Site",
+    "StudyConfig",
+    "Trunk",
+    "load",
+    "load_config",
+    "measure_attribution",
+    "measure_behaviour",
+    "measure_knockout",
+    "measure_patching",
+    "read_problems",
+    "run_study",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -28,7 +28,7 @@ _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 _VULGAR_FRACTION = re.compile(r"(?<=[0-9])(?=[¼-¾⅐-⅞])")
 _LABEL = re.compile(
     r"\((?P<bracketed>[A-Ja-j])\)"
-    r"|(?<![\w'’])(?P<marked>[A-J])(?=[).:,;*]|\s*$)"
+    r"|(?<![\w'’])(?P<marked>[A-HJ])(?=[).:,;*]|\s*$)"
     r"|\b(?i:answer|option|choice)\b[\s:=*-]*(?:is\b)?[\s:*-]*\(?(?P<named>[B-J]|A(?!\s[a-z]))(?![\w'’])"
 )
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")

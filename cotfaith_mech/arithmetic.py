@@ -17,8 +17,14 @@ import numpy as np
 from .errors import CotfaithError
 from .problems import Conflict, Problem
 
-NAMES = tuple("Ann Bob Dan Jack Paul Sam Tom Ben Max Mary Nick Lily Anna Luke Adam Alex Carl Fred Jane John".split())
-NOUNS = tuple("marbles coins books apples cards shells stamps stickers pens beads stones nuts eggs cookies".split())
+NAMES = (
+    "Ann", "Bob", "Dan", "Jack", "Paul", "Sam", "Tom", "Ben", "Max", "Mary",
+    "Nick", "Lily", "Anna", "Luke", "Adam", "Alex", "Carl", "Fred", "Jane", "John",
+)  # fmt: skip
+NOUNS = (
+    "marbles", "coins", "books", "apples", "cards", "shells", "stamps",
+    "stickers", "pens", "beads", "stones", "nuts", "eggs", "cookies",
+)  # fmt: skip
 _GAINS = ("finds", "buys", "wins", "gets")
 _LOSSES = ("loses", "sells", "drops", "gives away")
 _MAX_PEOPLE = 12

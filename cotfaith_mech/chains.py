@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from .errors import CotfaithError
@@ -101,7 +102,7 @@ def token_spans(chain: Chain, encoding: Encoding) -> TokenSpans:
             token += 1
         bounds.append(token)
     bounds.append(len(encoding.ids))
-    spans = tuple(zip(bounds[:-1], bounds[1:], strict=True))
+    spans = tuple(pairwise(bounds))
     answer_start = chain.char_spans[-1][0]
     cue_end = spans[-1][0]
     if chain.answer and spans[-1][0] == spans[-1][1]:
@@ -114,30 +115,43 @@ def token_spans(chain: Chain, encoding: Encoding) -> TokenSpans:
     return TokenSpans(spans[0], spans[1:-2], spans[-2], spans[-1])
 
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*(?=\s+\S)|(?<!\n)(?=\n+[^\n])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]*_]*(?=\s+\S)|(?<![\r\n])(?=[\r\n]+[^\r\n])")
+_LIST_MARKER = re.compile(r"\s*(?:[-*•]\s*)?(?:\W*step\s*)?(?:\d+|[A-Za-z]|[ivx]+)[.)][*_]*", re.IGNORECASE)
+_TITLE = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Rs|vs|approx)\.$")
+_INITIALS = re.compile(r"\b[A-Za-z]\.[A-Za-z]\.$|\b[Nn]o\.$")
 
 
 def segment(text: str, max_steps: int = 40) -> tuple[str, ...]:
     """Split reasoning text into sentences or lines; the concatenation of the steps is `text` exactly.
 
-    A decimal point or a thousands separator ends nothing. More than `max_steps` pieces are grouped into runs of
-    nearly equal count: grouped, never cut.
+    A decimal point, a thousands separator, a list marker ('2. Add'), a title ('Mr.') and 'e.g.' before a small letter
+    end nothing. More than `max_steps` pieces are grouped into runs of nearly equal count: grouped, never cut.
     """
-    cuts = sorted({m.end() for m in _SENTENCE_END.finditer(text)} - {0, len(text)})
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    ends = {m.end() for m in _SENTENCE_END.finditer(text)} - {0, len(text)}
+    cuts = sorted(end for end in ends if not _goes_on(text, end))
+    pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
     steps: list[str] = []
     for piece in pieces:
-        if steps and not piece.strip():
-            steps[-1] += piece
-        elif steps and not steps[-1].strip():
+        if steps and not (piece.strip() and steps[-1].strip()):
             steps[-1] += piece
         else:
             steps.append(piece)
     return _grouped(steps, max_steps)
 
 
+def _goes_on(text: str, end: int) -> bool:
+    """Whether the full stop before `end` belongs to a list marker or an abbreviation."""
+    if text[end] in "\r\n":
+        return False
+    line = text[:end].splitlines()[-1]
+    if _LIST_MARKER.fullmatch(line) or _TITLE.search(line):
+        return True
+    following = text[end:].lstrip()[:1]
+    return _INITIALS.search(line) is not None and (following.islower() or following.isdigit())
+
+
 def _grouped(steps: Sequence[str], max_steps: int) -> tuple[str, ...]:
     if len(steps) <= max_steps:
         return tuple(step for step in steps if step)
     edges = [round(i * len(steps) / max_steps) for i in range(max_steps + 1)]
-    return tuple("".join(steps[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True))
+    return tuple("".join(steps[a:b]) for a, b in pairwise(edges))

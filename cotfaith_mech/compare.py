@@ -55,9 +55,8 @@ def estimates_of(
 ) -> list[Estimate]:
     """All estimates of a run; `readers[0]` is the base every other reader is compared with.
 
-    `records` is the long table, `chains` the rows of chains.jsonl. `primary` names the primary endpoints; a name without
-    a stratum means the both-correct one.
-    Raises CotfaithError when a reader has no records.
+    `records` is the long table, `chains` the rows of chains.jsonl. `primary` names the primary endpoints; a name
+    without a stratum means the both-correct one. Raises CotfaithError when a reader has no records.
     """
     absent = [reader for reader in readers if reader not in set(records["reader"])]
     if absent:
@@ -76,6 +75,7 @@ def estimates_of(
             estimates += _of_means(outcome, readers, problems, stratum, suffix, rng)
             estimates += _of_ratios(ratio, readers, problems, stratum, suffix, rng)
         arms += [f"{other}-{readers[0]}{suffix}" for other in readers[1:]]
+    chance = _chance(chains)
     estimates = [estimate if estimate.arm in arms else _with_floor(estimate, chance) for estimate in estimates]
     return _with_holm(estimates, arms, primary)
 
@@ -94,7 +94,8 @@ def outcomes(records: Table, chains: Chains) -> Table:
         *_from_attribution(records, chains),
         *_from_says_source(records, chains),
     ]
-    table = pd.concat([part for part in parts if len(part)], ignore_index=True) if parts else pd.DataFrame()
+    found = [part for part in parts if len(part)] or [pd.DataFrame(columns=[*UNIT, "value", "name"])]
+    table = pd.concat(found, ignore_index=True)
     return pd.concat([table, *_from_dependence(table)], ignore_index=True)
 
 
@@ -111,8 +112,8 @@ def _rows(records: Table, measure: str, metric: str, variant: str | None = None)
 
 def _at_true_step(rows: Table, chains: Chains) -> Table:
     """Whether each row's step is its chain's true step; False where the chain has none."""
-    true = pd.to_numeric(rows["chain_id"].map(lambda chain: chains.get(chain, {}).get("true_step")))
-    return (rows["step"].astype("Float64") == true.astype("Float64")).fillna(False).astype(bool)
+    true = rows["chain_id"].map(lambda chain: chains.get(chain, {}).get("true_step")).astype("Float64")
+    return (rows["step"].astype("Float64") == true).fillna(False).astype(bool)
 
 
 def _from_baseline(records: Table) -> list[Table]:
@@ -174,8 +175,6 @@ def _from_changes(records: Table) -> list[Table]:
 
 def _from_dependence(table: Table) -> list[Table]:
     """change(every step altered) - change(every step rephrased) of each chain, and its cell of the two-by-two table."""
-    if table.empty:
-        return []
     wide = table[table["name"].isin(["mistake_all/change", "paraphrase/change"])].pivot(
         index=UNIT, columns="name", values="value"
     )
@@ -206,11 +205,12 @@ def _by(rows: Table, *columns: str) -> Iterable[tuple[Any, Table]]:
 
 def _from_knockouts(records: Table, chains: Chains) -> list[Table]:
     """Cue rows cut from the true step, from each other step (mean), from random prompt positions (the control)."""
+    with_true_step = [chain for chain, row in chains.items() if row.get("true_step") is not None]
     parts = []
     for metric in ("delta_p", "delta_logp"):
         masked = _rows(records, "knockout", metric, "masked")
         random = _rows(records, "knockout", metric, "masked_random")
-        known = masked[masked["chain_id"].map(lambda chain: chains.get(chain, {}).get("true_step") is not None)]
+        known = masked[masked["chain_id"].isin(with_true_step)]
         parts += [
             _named(masked[_at_true_step(masked, chains)], f"knockout/true_step/{metric}"),
             _named(known[~_at_true_step(known, chains)], f"knockout/other_steps/{metric}"),
@@ -356,7 +356,7 @@ def _with_holm(estimates: Sequence[Estimate], arms: Sequence[str], primary: Sequ
     primary = [name if " | " in name else name + BOTH_CORRECT for name in primary]
     for arm in arms:
         for name in primary:
-            missing = Estimate(name, arm, 0, np.nan, np.nan, np.nan, np.nan, "none", "no records")
+            missing = Estimate(name, arm, 0, np.nan, np.nan, np.nan, np.nan, "none", "no records in this stratum")
             found.setdefault((name, arm), missing)
         for name, p in zip(primary, adjusted([found[name, arm].p for name in primary], "holm"), strict=True):
             note = f"Holm p {p:.4g} over {len(primary)} primary endpoints"

@@ -23,7 +23,7 @@ import numpy as np
 from .answers import Number, labels, numbers
 from .chains import Chain
 from .errors import CotfaithError
-from .paraphrase import NUMBER_WORDS, Paraphrase, names
+from .paraphrase import CARDINALS, FRACTIONS, Paraphrase, names
 
 Paraphraser = Callable[[str, np.random.Generator], Paraphrase]
 
@@ -71,36 +71,32 @@ def filler(chain: Chain, keep: int, count_tokens: Callable[[str], int], filler: 
     """
     if not filler.strip():
         raise CotfaithError(f"The filler is {filler!r}; give one with a visible character, such as ' ...'.")
-    start, last = _checked(chain, keep), len(chain.steps) - 1
     steps, owed = list(chain.steps), 0
-    for i in range(start, last + 1):
-        lead = _whitespace(steps[i])[0]
+    for i in range(_checked(chain, keep), len(steps)):
         n_tokens = count_tokens(steps[i])
-
-        def filled(k: int, lead: str = lead) -> str:
-            return lead + (filler * k).lstrip()
-
-        if i < last:
-            steps[i] = filled(_nearest(lambda k, f=filled: count_tokens(f(k)), n_tokens + owed))
+        if i < len(steps) - 1:
+            steps[i] = _filled(steps[i], filler, count_tokens, n_tokens + owed, n_tokens + owed)
             owed += n_tokens - count_tokens(steps[i])
         else:
-            whole = replace(chain, steps=tuple(steps[:last]))
-            steps[i] = filled(
-                _nearest(
-                    lambda k, f=filled, w=whole: count_tokens(replace(w, steps=(*w.steps, f(k))).text),
-                    count_tokens(chain.text),
-                    at_most=2 * max(n_tokens + owed, 1) + 8,
-                )
-            )
+
+            def count(step: str) -> int:
+                return count_tokens(replace(chain, steps=(*steps[:-1], step)).text)
+
+            steps[i] = _filled(steps[i], filler, count, count_tokens(chain.text), 2 * (n_tokens + abs(owed)) + 8)
     return replace(chain, steps=tuple(steps))
 
 
-def _nearest(count: Callable[[int], int], target: int, at_most: int | None = None) -> int:
-    """The number of repeats k >= 1 whose `count(k)`, which grows with k, is nearest to `target`."""
-    repeats = range(1, max(target, 1 if at_most is None else at_most) + 1)
-    at = bisect_left(repeats, target, key=count)
-    near = [repeats[i] for i in (at - 1, at) if 0 <= i < len(repeats)]
-    return min(near, key=lambda k: abs(count(k) - target))
+def _filled(step: str, filler: str, count: Callable[[str], int], target: int, at_most: int) -> str:
+    """`step` as whitespace and the number of fillers, 1 to `at_most`, whose `count` is nearest to `target`."""
+    lead, _, trail = _whitespace(step)
+
+    def texted(k: int) -> str:
+        return lead + (filler * k).strip() + trail
+
+    repeats = range(1, max(at_most, 1) + 1)
+    at = bisect_left(repeats, target, key=lambda k: count(texted(k)))
+    near = [texted(repeats[i]) for i in (at - 1, at) if 0 <= i < len(repeats)]
+    return min(near, key=lambda text: abs(count(text) - target))
 
 
 def _whitespace(step: str) -> tuple[str, str, str]:
@@ -110,9 +106,7 @@ def _whitespace(step: str) -> tuple[str, str, str]:
     return lead, body, step[len(lead) + len(body) :]
 
 
-def paraphrase_from(
-    chain: Chain, start: int, rng: np.random.Generator, paraphraser: Paraphraser
-) -> tuple[Chain, int]:
+def paraphrase_from(chain: Chain, start: int, rng: np.random.Generator, paraphraser: Paraphraser) -> tuple[Chain, int]:
     """Rephrase s_{start+1}..s_n; also how many of them stayed as they were for want of a valid paraphrase."""
     drawn = [paraphraser(step, rng).text for step in chain.steps[_checked(chain, start) :]]
     rephrased = [new or old for new, old in zip(drawn, chain.steps[start:], strict=True)]
@@ -175,7 +169,7 @@ def _by_preference(text: str) -> Sequence[Number]:
         n
         for n in numbers(text)
         if n.start >= (marker.end() if marker else 0)
-        and not text[:n.start][-1:].isalpha()
+        and not text[: n.start][-1:].isalpha()
         and not re.match(r"(?:st|nd|rd|th)\b", text[n.end :])
     ]
     equals = text.rfind("=")
@@ -194,10 +188,9 @@ def _other_digits(digits: str, rng: np.random.Generator) -> str:
 
 
 def _altered_entity(chain: Chain, text: str, rng: np.random.Generator) -> _Span | None:
-    words = re.finditer(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b", text, re.IGNORECASE)
-    spans = [_Span(m.start(), m[0], _like(m[0], _pick(NUMBER_WORDS, {m[0].lower()}, rng))) for m in words]
-    if spans:
-        return spans[-1]
+    for group in (CARDINALS, FRACTIONS):
+        for word in reversed(list(re.finditer(rf"\b(?:{'|'.join(group)})\b", text, re.IGNORECASE))):
+            return _Span(word.start(), word[0], _like(word[0], _pick(group, {word[0].lower()}, rng)))
     offered = [label for _, label in labels(chain.prompt)] or list("ABCDE")
     for start, label in reversed(labels(text)):
         if set(offered) - {label}:
@@ -240,5 +233,8 @@ def swap(chain: Chain, donor: Chain) -> Chain:
             f"The donor for problem {chain.problem_id!r} is a chain of {donor.problem_id!r} with {len(donor.steps)} "
             "steps; give a chain of another problem that has steps."
         )
-    lead = _whitespace(chain.steps[0])[0] if chain.steps else ""
-    return replace(chain, steps=(lead + donor.steps[0].lstrip(), *donor.steps[1:]))
+    if not chain.steps:
+        return replace(chain, steps=donor.steps)
+    lead, trail = _whitespace(chain.steps[0])[0], _whitespace(chain.steps[-1])[2]
+    steps = (lead + donor.steps[0].lstrip(), *donor.steps[1:])
+    return replace(chain, steps=(*steps[:-1], steps[-1].rstrip() + trail))

@@ -72,27 +72,26 @@ def draw_figures(run: RunDirectory) -> list[Path]:
 
 
 def _figures(run: RunDirectory, records: pd.DataFrame, chains: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
-    config = run.read_manifest().get("config") or {}
+    manifest = run.read_manifest()
+    config, apart = manifest.get("config") or {}, views.disagreements(manifest)
     readers = views.readers_of(config, records)
     if len(curves := views.curves(records, chains)):
         yield "curves", curve_figure(curves, readers)
     if len(cells := views.aligned_patches(records, chains)):
         for variant, of_variant in cells.groupby("variant"):
             yield f"patching_{variant}", patching_figure(of_variant, readers)
-    for chain in _chains_to_draw(records, chains):
+    for chain in _chains_to_draw(records, chains, apart):
         cells = views.patches(records)
         cells = cells[(cells["chain_id"] == chain["chain_id"]) & (cells["variant"] == cells["variant"].min())]
         yield f"patching_chain_{chain['problem_id']}", chain_figure(cells, chain, readers)
     if (run.path / "estimates.parquet").is_file():
-        estimates = run.read_estimates()
-        names = views.primary_names(config, estimates)
-        differences = [e for e in estimates if e.name in names and "-" in e.arm and np.isfinite(e.value)]
-        if differences:
+        found = views.primary_differences(run.read_estimates(), config, readers)
+        if differences := [estimate for estimate in found if np.isfinite(estimate.value)]:
             yield "forest", forest_figure(differences, readers)
     if len(triple := views.conflict(records)):
         yield "conflict", conflict_figure(triple, readers)
     if len(points := views.bridge(records)):
-        yield "bridge", bridge_figure(points, views.disagreements(records), readers)
+        yield "bridge", bridge_figure(points, apart, readers)
     if len(losses := views.knockout(records, chains)):
         yield "knockout", knockout_figure(losses, readers)
     if len(heads := views.attribution(records, chains)):
@@ -103,14 +102,15 @@ def _save(run: RunDirectory, name: str, figure: Figure) -> list[Path]:
     stem = run.figures / "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
     png, pdf = stem.with_suffix(".png"), stem.with_suffix(".pdf")
     figure.savefig(png, metadata={"Software": None})
+    figure.set_layout_engine("none")
     figure.savefig(pdf, metadata={"CreationDate": None})
     return [png, pdf]
 
 
-def _chains_to_draw(records: pd.DataFrame, chains: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _chains_to_draw(records: pd.DataFrame, chains: list[dict[str, Any]], apart: pd.DataFrame) -> list[dict[str, Any]]:
     """The chains where behaviour and mechanism disagree most, then the first ones, MAX_CHAIN_MAPS in all."""
     patched = set(views.select(records, "patching", "logit_diff").dropna(subset=["step"])["chain_id"])
-    first = [*views.disagreements(records)["chain_id"], *(chain["chain_id"] for chain in chains)]
+    first = [*apart["chain_id"], *(chain["chain_id"] for chain in chains)]
     order = [chain_id for chain_id in dict.fromkeys(first) if chain_id in patched]
     by_id = {chain["chain_id"]: chain for chain in chains}
     return [by_id[chain_id] for chain_id in order[:MAX_CHAIN_MAPS]]
@@ -181,13 +181,16 @@ def patching_figure(cells: pd.DataFrame, readers: list[str]) -> Figure:
     roles = [role for role in views.ROLES if (cells["role"] == role).any()]
     layers = sorted(cells["layer"].unique())
     wide = cells.pivot_table(index=["reader", "role"], columns="layer", values="effect").reindex(columns=layers)
-    maps = {reader: wide.reindex([(reader, role) for role in roles]).to_numpy(float) for reader in readers}
-    gaps = {(a, b): maps[a] - maps[b] for a, b in views.differences(readers)}
+    maps = {
+        reader: wide.reindex([(reader, role) for role in roles]).to_numpy(float)
+        for reader in views.present(readers, cells)
+    }
+    gaps = {(a, b): maps[a] - maps[b] for a, b in views.differences(readers, cells)}
     limit = _limit(np.concatenate([*maps.values(), *gaps.values()]))
     rows = 2 if gaps else 1
     figure = Figure(figsize=(PAPER_WIDTH, 0.75 + rows * (0.5 + 0.3 * len(roles))))
-    axes = figure.subplots(rows, len(readers), squeeze=False)
-    for axis, reader in zip(axes[0], readers, strict=True):
+    axes = figure.subplots(rows, len(maps), squeeze=False)
+    for axis, reader in zip(axes[0], maps, strict=True):
         image = _map(axis, maps[reader], limit)
         axis.set_title(f"reader {drawable(reader)}")
     for axis, (a, b) in zip(axes[-1][1:], gaps, strict=True):
@@ -211,6 +214,7 @@ def patching_figure(cells: pd.DataFrame, readers: list[str]) -> Figure:
 
 def chain_figure(cells: pd.DataFrame, chain: dict[str, Any], readers: list[str]) -> Figure:
     """Layer x step effect of one chain with the steps' own text, one panel a reader; a dot marks the true step."""
+    readers = views.present(readers, cells)
     layers, steps = sorted(cells["layer"].unique()), list(range(len(chain["steps"])))
     figure = Figure(figsize=(PAPER_WIDTH, 1.2 + 0.36 * len(steps)))
     axes = figure.subplots(1, len(readers), squeeze=False)[0]
@@ -241,7 +245,7 @@ def forest_figure(differences: list[Any], readers: list[str]) -> Figure:
     figure = Figure(figsize=(PAPER_WIDTH, 0.9 + 0.26 * len(names) * (len(arms) + 0.6)))
     axis = figure.subplots()
     for estimate in differences:
-        reader = estimate.arm.split("-")[0]
+        reader = views.tuned_reader(estimate.arm, readers) or estimate.arm
         y = names.index(estimate.name) * (len(arms) + 0.6) + arms.index(estimate.arm)
         colour = _colour(readers, reader)
         axis.plot([estimate.ci_low, estimate.ci_high], [y, y], color=colour)
@@ -261,6 +265,7 @@ def forest_figure(differences: list[Any], readers: list[str]) -> Figure:
 
 def conflict_figure(triple: pd.DataFrame, readers: list[str]) -> Figure:
     """Whose answer is given when question and chain disagree: one panel a record variant, one bar a reader."""
+    readers = views.present(readers, triple)
     variants = sorted(triple["variant"].unique())
     figure = Figure(figsize=(PAPER_WIDTH, 0.95 + 0.3 * len(readers)))
     axes = figure.subplots(1, len(variants), sharey=True, squeeze=False)[0]
@@ -285,13 +290,15 @@ def conflict_figure(triple: pd.DataFrame, readers: list[str]) -> Figure:
 
 def bridge_figure(points: pd.DataFrame, disagreements: pd.DataFrame, readers: list[str]) -> Figure:
     """Behaviour (mistake) against mechanism (knockout), one point a step; disagreeing chains are ringed and named."""
+    shown = views.present(readers, points)
     figure = Figure(figsize=(PAPER_WIDTH, 2.7))
-    axes = figure.subplots(1, len(readers), sharex=True, sharey=True, squeeze=False)[0]
-    for axis, reader in zip(axes, readers, strict=True):
+    axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, reader in zip(axes, shown, strict=True):
         one = points[points["reader"] == reader]
         axis.scatter(one["mistake"], one["knockout"], s=14, color=_colour(readers, reader), alpha=0.6, linewidths=0)
-        named = disagreements[disagreements["reader"] == reader].merge(
-            one, left_on=["chain_id", "behaviour_step"], right_on=["chain_id", "step"], suffixes=("", "_point")
+        of_reader = disagreements[(disagreements["reader"] == reader) & (disagreements["mechanism"] == "knockout")]
+        named = of_reader.merge(
+            one, left_on=["chain_id", "step_behaviour"], right_on=["chain_id", "step"], suffixes=("", "_point")
         )
         axis.scatter(named["mistake"], named["knockout"], s=42, facecolors="none", edgecolors="#222222", linewidths=0.8)
         for rank, (_, row) in enumerate(named.head(4).sort_values("knockout", ascending=False).iterrows()):
@@ -311,11 +318,12 @@ def bridge_figure(points: pd.DataFrame, disagreements: pd.DataFrame, readers: li
 
 def knockout_figure(losses: pd.DataFrame, readers: list[str]) -> Figure:
     """Probability the answer loses when its cue cannot see a step: every problem a dot, the mean with its interval."""
+    shown = views.present(readers, losses)
     roles = [role for role in ROLE_COLOURS if (losses["role"] == role).any()]
     figure = Figure(figsize=(PAPER_WIDTH, 2.5))
-    axes = figure.subplots(1, len(readers), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     rng = np.random.default_rng(0)
-    for axis, reader in zip(axes, readers, strict=True):
+    for axis, reader in zip(axes, shown, strict=True):
         for x, role in enumerate(roles):
             values = losses[(losses["reader"] == reader) & (losses["role"] == role)]["value"].to_numpy(float)
             if not len(values):
@@ -336,6 +344,7 @@ def knockout_figure(losses: pd.DataFrame, readers: list[str]) -> Figure:
 
 def attribution_figure(heads: pd.DataFrame, readers: list[str]) -> Figure:
     """Head x layer map of the direct logit contribution of the true step, one panel a reader."""
+    readers = views.present(readers, heads)
     layers, numbers = sorted(heads["layer"].unique()), sorted(heads["head"].unique())
     figure = Figure(figsize=(PAPER_WIDTH, 1.0 + min(4.5, max(1.2, 0.13 * len(layers)))))
     axes = figure.subplots(1, len(readers), sharey=True, squeeze=False)[0]

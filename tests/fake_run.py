@@ -19,14 +19,25 @@ DEPTH = {0: 1.0, 5: 0.95, 10: 0.85, 15: 0.6, 20: 0.2, 25: 0.05}
 N_HEADS = 9
 N_STEPS = 4
 N_PROBLEMS = 6
+CONCLUSION = [
+    "Between these checkpoints (B-A), under conflict on 6 problems that every compared reader gets right: "
+    "P(chain's answer) -0.78 [-0.91, -0.65]: bypass, the answer moves from the chain to the question.",
+    "Between these checkpoints (C-A), under conflict on 6 problems: P(chain's answer) -0.04 [-0.17, +0.09]: undecided.",
+]
 DRAWS = 3
-PRIMARY = ("early_termination/same_no_chain", "conflict/record_agree/p_chain", "knockout/true_step/delta_p")
+PRIMARY = ("same_answer_no_chain", "conflict/record_agree/p_chain", "knockout/true_step/delta_p")
 
 
 def write_fake_run(path: Path, *, hostile: str = "", checks_pass: bool = True) -> RunDirectory:
     """Write the run; `hostile` is put into every text a model or data set could have written."""
     rng = np.random.default_rng(7)
-    config = {"name": "demo", "readers": list(READERS), "primary": list(PRIMARY), "seed": 7, "note": hostile}
+    config = {
+        "name": "demo",
+        "readers": [{"name": reader, "model": "SmolLM2-135M-Instruct"} for reader in READERS],
+        "primary": list(PRIMARY),
+        "seed": 7,
+        "note": hostile,
+    }
     run = RunDirectory.create(path, config)
     chains = [_chain(index, rng, hostile) for index in range(N_PROBLEMS)]
     run.write_chains(chains)
@@ -36,7 +47,7 @@ def write_fake_run(path: Path, *, hostile: str = "", checks_pass: bool = True) -
             run.write_unit(f"{reader}-{chain['chain_id']}", records, _meta(reader, chain, hostile))
     run.write_estimates(list(_estimates()))
     run.add_exclusion(problem_id="p99", stage="generate", reason=f"the chain has no step {hostile}", reader="B")
-    run.write_manifest(_manifest(config, checks_pass))
+    run.write_manifest(_manifest(config, checks_pass) | {"disagreements": _disagreements(chains)})
     return run
 
 
@@ -46,9 +57,13 @@ def _chain(index: int, rng: np.random.Generator, hostile: str) -> dict[str, Any]
     order = rng.permutation(N_STEPS)
     steps = tuple(f" {names[i]} has {starts[i]} + {adds[i]} = {starts[i] + adds[i]} pears.{hostile}" for i in order)
     asked = int(order[rng.integers(N_STEPS)])
-    question = " ".join(f"{name} has {s} pears and buys {a} more." for name, s, a in zip(names, starts, adds, strict=True))
+    question = " ".join(
+        f"{name} has {s} pears and buys {a} more." for name, s, a in zip(names, starts, adds, strict=True)
+    )
     question += f" How many pears does {names[asked]} have? (Record: {starts[asked] + adds[asked]}.){hostile}"
-    chain = Chain(f"p{index:02d}", "gold", question + "\n", steps, f"\nSo {names[asked]} has", f" {starts[asked] + adds[asked]}")
+    chain = Chain(
+        f"p{index:02d}", "gold", question + "\n", steps, f"\nSo {names[asked]} has", f" {starts[asked] + adds[asked]}"
+    )
     return {
         **chain.to_json(),
         "question": question,
@@ -86,7 +101,9 @@ def _records(reader: str, chain: dict[str, Any], rng: np.random.Generator) -> It
     for j in range(N_STEPS):
         weight = reliance if j == true else 0.06 * rng.random()
         for seed in range(DRAWS):
-            yield record("mistake", "tv", np.clip(weight + 0.05 * rng.normal(), 0, 1), step=j, seed=seed, variant="local")
+            yield record(
+                "mistake", "tv", np.clip(weight + 0.05 * rng.normal(), 0, 1), step=j, seed=seed, variant="local"
+            )
             yield record("knockout", "delta_p", 0.02 * rng.normal(), step=j, seed=seed, variant="masked_random")
         yield record("knockout", "delta_p", 0.8 * weight + 0.03 * rng.normal(), step=j, variant="masked")
         for layer in LAYERS:
@@ -113,15 +130,35 @@ def _records(reader: str, chain: dict[str, Any], rng: np.random.Generator) -> It
 
 def _meta(reader: str, chain: dict[str, Any], hostile: str) -> dict[str, Any]:
     steps = list(chain["steps"])
-    edits = [{"measure": "early_termination", "variant": "", "step": 2, "seed": None, "steps": steps[:2], "answer": " 17"}]
+    edits = [
+        {"measure": "early_termination", "variant": "", "step": 2, "seed": None, "steps": steps[:2], "answer": " 17"}
+    ]
     altered = [step.replace("=", "= 1") for step in steps]
-    edits.append({"measure": "mistake", "variant": "local", "step": 1, "seed": 0, "steps": [steps[0], altered[1], *steps[2:]], "answer": f" 9{hostile}"})
-    edits.append({"measure": "filler", "variant": "matched", "step": 1, "seed": None, "steps": [steps[0], " ..." * 20], "answer": None})
+    edits.append(
+        {
+            "measure": "mistake",
+            "variant": "local",
+            "step": 1,
+            "seed": 0,
+            "steps": [steps[0], altered[1], *steps[2:]],
+            "answer": f" 9{hostile}",
+        }
+    )
+    edits.append(
+        {
+            "measure": "filler",
+            "variant": "matched",
+            "step": 1,
+            "seed": None,
+            "steps": [steps[0], " ..." * 20],
+            "answer": None,
+        }
+    )
     return {"reader": reader, "chain_id": chain["chain_id"], "answer": chain["answer"] + hostile, "edits": edits}
 
 
 def _estimates() -> Iterator[Estimate]:
-    values = {"early_termination/same_no_chain": (0.08, 0.88, 0.14), "conflict/record_agree/p_chain": (0.9, 0.12, 0.86)}
+    values = {"same_answer_no_chain": (0.08, 0.88, 0.14), "conflict/record_agree/p_chain": (0.9, 0.12, 0.86)}
     values |= {"knockout/true_step/delta_p": (0.72, 0.1, 0.69), "early_termination/aoc": (0.55, 0.07, 0.53)}
     values |= {"bridge/mistake~knockout/top1": (1.0, 0.83, 1.0), "baseline/correct | both_correct": (1.0, 1.0, 1.0)}
     for name, of_reader in values.items():
@@ -133,16 +170,54 @@ def _estimates() -> Iterator[Estimate]:
 
 def _estimate(name: str, arm: str, value: float, p: float) -> Estimate:
     return Estimate(
-        name=name, arm=arm, n_problems=N_PROBLEMS, value=value, ci_low=value - 0.13, ci_high=value + 0.13, p=p, method="studentised bootstrap"
+        name=name, arm=arm, n_problems=N_PROBLEMS, value=value, ci_low=value - 0.13, ci_high=value + 0.13, p=p, method="jackknife t", note="Holm p 0.012 over 3 primary endpoints" if p < 0.05 else ""
     )  # fmt: skip
+
+
+def _disagreements(chains: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    apart = {"reader": "B", "mechanism": "knockout", "step_behaviour": 2, "behaviour": 0.15}
+    return [
+        {**apart, **_ids(chains[3]), "step_mechanism": 0, "effect": 0.1, "reason": "different steps"},
+        {
+            **apart,
+            **_ids(chains[1]),
+            "step_mechanism": None,
+            "effect": 0.0,
+            "reason": "no mechanism effect is above its control",
+        },
+    ]
+
+
+def _ids(chain: dict[str, Any]) -> dict[str, str]:
+    return {"problem_id": chain["problem_id"], "chain_id": chain["chain_id"]}
 
 
 def _manifest(config: dict[str, Any], checks_pass: bool) -> dict[str, Any]:
     difference = 3e-5 if checks_pass else 0.4
     checks = [
-        {"check": "self_patch", "value": 0.0, "threshold": 0.0, "passed": True, "detail": "max |edited - base|, 36 cells"},
-        {"check": "transformer_lens", "value": difference, "threshold": 1e-4, "passed": checks_pass, "detail": "24 cells"},
+        {
+            "check": "self_patch",
+            "value": 0.0,
+            "threshold": 0.0,
+            "passed": True,
+            "detail": "max |edited - base|, 36 cells",
+        },
+        {
+            "check": "transformer_lens",
+            "value": difference,
+            "threshold": 1e-4,
+            "passed": checks_pass,
+            "detail": "24 cells",
+        },
         {"check": "nnsight", "value": 2e-5, "threshold": 1e-4, "passed": True, "detail": "24 cells"},
     ]
     models = {reader: {"name": "SmolLM2-135M-Instruct", "n_layers": 30, "n_heads": N_HEADS} for reader in READERS}
-    return {"config": config, "models": models, "device": "cpu", "dtype": "float32", "checks": checks, "seeds": {"study": 7}}
+    return {
+        "config": config,
+        "models": models,
+        "device": "cpu",
+        "dtype": "float32",
+        "checks": checks,
+        "seeds": {"study": 7},
+        "conclusion": CONCLUSION,
+    }

@@ -119,9 +119,9 @@ def _attach(stack: ExitStack, layout: Layout, site: Site, d_head: int, act: Call
         if module is None:
             raise CotfaithError(f"{site}: this architecture fuses q, k and v; read z or the residual sites instead.")
         if site.kind == "z":
-            handle = module.register_forward_pre_hook(lambda _, args: act(_heads(args[0], d_head)))
+            handle = module.register_forward_pre_hook(lambda _, args: act(heads_view(args[0], d_head)))
         else:
-            handle = module.register_forward_hook(lambda _, args, out: act(_heads(out, d_head)))
+            handle = module.register_forward_hook(lambda _, args, out: act(heads_view(out, d_head)))
     elif site.kind == "pattern":
         handle = modules.attention.register_forward_hook(lambda _, args, out: act(out[1]))
     elif site.kind == "resid_pre":
@@ -134,7 +134,7 @@ def _attach(stack: ExitStack, layout: Layout, site: Site, d_head: int, act: Call
     stack.callback(handle.remove)
 
 
-def _heads(flat: Tensor, d_head: int) -> Tensor:
+def heads_view(flat: Tensor, d_head: int) -> Tensor:
     return flat.view(*flat.shape[:-1], -1, d_head)
 
 
@@ -146,25 +146,29 @@ def _on_hidden(act: Callable[[Tensor], None]) -> Callable[..., None]:
 
 
 def _editor(row_edit: RowEdit, fired: set[int], number: int) -> Callable[[Tensor], None]:
-    edit = row_edit.edit
-
     def act(tensor: Tensor) -> None:
-        positions = torch.tensor(edit.positions, device=tensor.device) - row_edit.offset
-        index: Any = (row_edit.rows, positions)
-        if edit.site.head is not None:
-            index = (*index, edit.site.head)
-        if edit.op == "zero":
-            tensor[index] = 0
-        else:
-            value = edit.value.to(device=tensor.device, dtype=tensor.dtype)
-            if value.shape != tensor[index].shape[1:]:
-                raise CotfaithError(
-                    f"{edit}: value has shape {tuple(value.shape)}, the site needs {tuple(tensor[index].shape[1:])}."
-                )
-            tensor[index] = value if edit.op == "replace" else tensor[index] + value
+        apply_edit(tensor, row_edit)
         fired.add(number)
 
     return act
+
+
+def apply_edit(tensor: Tensor, row_edit: RowEdit) -> None:
+    """Assign `row_edit` into `tensor` `[row, pos, *width]` of the running pass, in place."""
+    edit = row_edit.edit
+    positions = torch.tensor(edit.positions, device=tensor.device) - row_edit.offset
+    index: Any = (row_edit.rows, positions)
+    if edit.site.head is not None:
+        index = (*index, edit.site.head)
+    if edit.op == "zero":
+        tensor[index] = 0
+        return
+    value = edit.value.to(device=tensor.device, dtype=tensor.dtype)
+    if value.shape != tensor[index].shape[1:]:
+        raise CotfaithError(
+            f"{edit}: value has shape {tuple(value.shape)}, the site needs {tuple(tensor[index].shape[1:])}."
+        )
+    tensor[index] = value if edit.op == "replace" else tensor[index] + value
 
 
 def _reader(store: dict[Site, Tensor], site: Site) -> Callable[[Tensor], None]:
@@ -179,26 +183,28 @@ def _reader(store: dict[Site, Tensor], site: Site) -> Callable[[Tensor], None]:
 def _cutter(cuts: Sequence[RowEdit]) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Layer pre-hook that takes the cut edges out of whatever mask the model made for itself."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
-        mask = kwargs.get("attention_mask")
-        offset = cuts[0].offset
-        n_query = hidden.shape[1]
-        n_key = n_query + offset if mask is None else mask.shape[-1]
-        n_head = getattr(module, "self_attn").config.num_attention_heads  # noqa: B009
-        blocked = torch.zeros(hidden.shape[0], n_head, n_query, n_key, dtype=torch.bool, device=hidden.device)
-        for cut in cuts:
-            heads = slice(None) if cut.edit.site.head is None else cut.edit.site.head
-            for query in cut.edit.positions:
-                keys = [key for key in cut.edit.keys if key != query]
-                blocked[cut.rows, heads, query - offset, keys] = True
-        if mask is None:
-            queries = torch.arange(n_query, device=hidden.device)[:, None] + offset
-            mask = (queries >= torch.arange(n_key, device=hidden.device))[None, None]
-        if mask.dtype == torch.bool:
-            mask = mask & ~blocked
-        else:
-            mask = mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+        n_heads = module.self_attn.config.num_attention_heads
+        mask = cut_mask(cuts, hidden, kwargs.get("attention_mask"), n_heads)
         return args, {**kwargs, "attention_mask": mask}
 
     return hook
+
+
+def cut_mask(cuts: Sequence[RowEdit], hidden: Tensor, mask: Tensor | None, n_heads: int) -> Tensor:
+    """`mask` (None: causal; boolean; or additive) without the edges of `cuts`, `[row, head, query, key]`."""
+    offset, n_query = cuts[0].offset, hidden.shape[1]
+    n_key = n_query + offset if mask is None else mask.shape[-1]
+    blocked = torch.zeros(hidden.shape[0], n_heads, n_query, n_key, dtype=torch.bool, device=hidden.device)
+    for cut in cuts:
+        heads = slice(None) if cut.edit.site.head is None else cut.edit.site.head
+        for query in cut.edit.positions:
+            keys = [key for key in cut.edit.keys if key != query]
+            blocked[cut.rows, heads, query - offset, keys] = True
+    if mask is None:
+        queries = torch.arange(n_query, device=hidden.device)[:, None] + offset
+        mask = (queries >= torch.arange(n_key, device=hidden.device))[None, None]
+    if mask.dtype == torch.bool:
+        return mask & ~blocked
+    return mask.masked_fill(blocked, torch.finfo(mask.dtype).min)

@@ -56,7 +56,8 @@ def curve_charts(curves: pd.DataFrame, readers: Sequence[str]) -> list[dict[str,
             if len(one):
                 traces += _line_with_band(one, label(reader), colour(readers, reader), SYMBOLS[number % len(SYMBOLS)])
         if traces:
-            x = {"title": {"text": "fraction of the chain kept"}, "range": [-0.03, 1.03]}
+            kept = "kept verbatim" if measure == "paraphrase" else "of the chain kept"
+            x = {"title": {"text": f"fraction {kept}"}, "range": [-0.03, 1.03]}
             y = {"title": {"text": CURVE_Y}, "range": [-0.03, 1.06]}
             charts.append(_chart(CURVE_LABELS[measure], traces, 300, xaxis=x, yaxis=y))
     return charts
@@ -112,7 +113,17 @@ def conflict_chart(triple: pd.DataFrame, readers: Sequence[str]) -> dict[str, An
     x = {"title": {"text": "probability"}, "range": [0, 1]}
     y = {"autorange": "reversed", "ticklabelposition": "outside"}
     uniform = {"minsize": 9, "mode": "hide"}
-    return _chart("", data, 130 + 30 * len(rows), barmode="stack", bargap=0.25, xaxis=x, yaxis=y, uniformtext=uniform)
+    return _chart(
+        "",
+        data,
+        130 + 30 * len(rows),
+        barmode="stack",
+        bargap=0.25,
+        xaxis=x,
+        yaxis=y,
+        uniformtext=uniform,
+        legend={"traceorder": "normal"},
+    )
 
 
 def forest_chart(differences: Sequence[Estimate], readers: Sequence[str]) -> dict[str, Any]:
@@ -120,7 +131,7 @@ def forest_chart(differences: Sequence[Estimate], readers: Sequence[str]) -> dic
     data = []
     for arm in dict.fromkeys(estimate.arm for estimate in differences):
         own = [estimate for estimate in differences if estimate.arm == arm]
-        reader = arm.split("-")[0]
+        reader = views.tuned_reader(arm, readers) or arm
         shade = colour(readers, reader) if reader in readers else "#777777"
         values, lows, highs = (numbers(getattr(e, field) for e in own) for field in ("value", "ci_low", "ci_high"))
         above = [None if v is None or h is None else h - v for v, h in zip(values, highs, strict=True)]
@@ -128,6 +139,7 @@ def forest_chart(differences: Sequence[Estimate], readers: Sequence[str]) -> dic
         data.append(
             {
                 "mode": "markers",
+                "orientation": "h",
                 "x": values,
                 "y": [label(e.name.replace("/", " / ").replace("_", " "), 20) for e in own],
                 "name": label(arm),
@@ -141,7 +153,7 @@ def forest_chart(differences: Sequence[Estimate], readers: Sequence[str]) -> dic
         )
     names = len({estimate.name for estimate in differences})
     x = {"title": {"text": "paired difference"}, "zeroline": True}
-    y = {"autorange": "reversed"}
+    y = {"range": [names - 0.5, -0.5]}
     return _chart("", data, 130 + 62 * names, xaxis=x, yaxis=y, scattermode="group", scattergap=0.4)
 
 
@@ -191,18 +203,19 @@ def patching_charts(cells: pd.DataFrame, readers: Sequence[str]) -> dict[str, An
     """Maps of layer x role of the step for one variant: readers, then differences to the first; and the limit."""
     roles = [role for role in views.ROLES if (cells["role"] == role).any()]
     layers = sorted(cells["layer"].unique())
-    index = [(reader, role) for reader in readers for role in roles]
+    shown = views.present(readers, cells)
+    index = [(reader, role) for reader in shown for role in roles]
     wide = cells.pivot_table(index=["reader", "role"], columns="layer", values="effect").reindex(index, columns=layers)
     share = cells.pivot_table(index=["reader", "role"], columns="layer", values="recovered").reindex(
         index, columns=layers
     )
     sites = cells.groupby("layer")["site"].first()
-    maps = {reader: wide.loc[reader].to_numpy(float) for reader in readers}
-    gaps = {(a, b): maps[a] - maps[b] for a, b in views.differences(readers)}
+    maps = {reader: wide.loc[reader].to_numpy(float) for reader in shown}
+    gaps = {(a, b): maps[a] - maps[b] for a, b in views.differences(readers, cells)}
     limit = limit_of(np.concatenate([*maps.values(), *gaps.values()]).ravel())
     where = [[f"{role}<br>{label(str(sites[layer]))}" for layer in layers] for role in roles]
     charts = []
-    for reader in readers:
+    for reader in shown:
         parts = share.loc[reader].to_numpy(float)
         hover = [
             [f"{text}<br>recovered {part:.0%}" if np.isfinite(part) else text for text, part in zip(*row, strict=True)]
@@ -242,7 +255,7 @@ def knockout_chart(losses: pd.DataFrame, readers: Sequence[str]) -> dict[str, An
     """Boxes with every problem as a point, grouped by the role of the step."""
     order = [role for role in (*views.ROLES, "random") if (losses["role"] == role).any()]
     data = []
-    for reader in readers:
+    for reader in views.present(readers, losses):
         one = losses[losses["reader"] == reader]
         box = {
             "type": "box",
@@ -279,9 +292,9 @@ def attribution_charts(heads: pd.DataFrame, readers: Sequence[str]) -> dict[str,
             wide = one.pivot_table(index="layer", columns="head", values="value").reindex(layers, columns=columns)
             rows = [str(layer) for layer in layers]
             height = 26 if len(layers) <= 12 else 11
-            chart = heatmap(
-                f"reader {reader}", wide.to_numpy(float), columns, rows, limit, hover, row_height=height, axes=("head", "layer")
-            )  # fmt: skip
+            axes = ("head", "layer")
+            values = wide.to_numpy(float)
+            chart = heatmap(f"reader {reader}", values, columns, rows, limit, hover, row_height=height, axes=axes)
             charts.append(chart)
     return {"charts": charts, "limit": limit}
 
@@ -290,7 +303,7 @@ def bridge_chart(points: pd.DataFrame, disagreements: pd.DataFrame, readers: Seq
     """Behaviour against mechanism, one point a step; steps of disagreeing chains carry a dark ring."""
     apart = set(zip(disagreements["reader"], disagreements["chain_id"], strict=True))
     data = []
-    for number, reader in enumerate(readers):
+    for number, reader in enumerate(views.present(readers, points)):
         one = points[points["reader"] == reader]
         ringed = [(reader, chain) in apart for chain in one["chain_id"]]
         marker = {

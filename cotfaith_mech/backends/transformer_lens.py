@@ -1,0 +1,141 @@
+"""TransformerLens 4 behind the Model boundary: `TransformerBridge` on a structural clone that shares the parameters.
+
+The bridge changes the model it is given in place (eager attention, bridged blocks); the clone keeps the original as it
+is. Raw weights, no compatibility mode. Tokens go in, never text, so no BOS is added. Site names are the bridge's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..errors import CotfaithError
+from ..model import CachedRun, PlainRun, Run
+from ..sites import ActivationEdit, Site
+from .text import TextSide
+from .weights import Weights
+
+
+def structural_clone(model: Any) -> Any:
+    """A copy of the module tree on the same parameter and buffer tensors: no memory, no effect on the original."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+class TransformerLensModel(TextSide):
+    """Plain forwards of the bridge with TransformerLens hooks; its counterfactuals take the plain path."""
+
+    def __init__(self, weights: Weights) -> None:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        super().__init__(weights, "transformer_lens")
+        self.bridge: Any = TransformerBridge.boot_transformers(
+            weights.name,
+            hf_model=structural_clone(weights.model),
+            tokenizer=weights.tokenizer,
+            dtype=next(weights.model.parameters()).dtype,
+            device=self.info.device,
+        )
+
+    @torch.no_grad()
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        read: Sequence[Site] = (),
+        edits: Sequence[ActivationEdit] = (),
+        n_logits: int = 1,
+    ) -> Run:
+        """See `Model.run`."""
+        fired: set[str] = set()
+        store: dict[Site, Tensor] = {}
+        hooks = [hook for edit in edits for hook in self._edit_hooks(edit, fired)]
+        hooks += [(_name(site), _reader(store, site)) for site in read]
+        for name, _ in hooks:
+            if name not in self.bridge.hook_dict:
+                raise CotfaithError(f"TransformerLens has no hook {name!r} on {self.info.architecture}; use huggingface.")
+        logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", prepend_bos=False)
+        silent = [str(edit) for edit in edits if str(edit) not in fired] + [str(s) for s in read if s not in store]
+        if silent:
+            raise CotfaithError(f"These hooks never fired: {'; '.join(silent)}; check layer and site.")
+        return Run(logits[:, -n_logits:], store)
+
+    def cached_run(self, tokens: Sequence[int]) -> CachedRun:
+        return PlainRun(self, tokens)
+
+    def _edit_hooks(self, edit: ActivationEdit, fired: set[str]) -> list[tuple[str, Callable[..., Tensor | None]]]:
+        if edit.op == "knockout":
+            return [(f"blocks.{edit.site.layer}.attn.hook_attn_scores", _cutter(edit, fired))]
+        if edit.site.kind == "resid_mid":
+            return _mid_hooks(edit, fired)
+        return [(_name(edit.site), _editor(edit, fired))]
+
+
+def _name(site: Site) -> str:
+    return str(site).partition("[")[0]
+
+
+def _reader(store: dict[Site, Tensor], site: Site) -> Callable[..., None]:
+    def hook(tensor: Tensor, hook: Any) -> None:
+        if site.head is not None:
+            tensor = tensor[:, site.head] if site.kind == "pattern" else tensor[..., site.head, :]
+        store[site] = tensor.clone()
+
+    return hook
+
+
+def _editor(edit: ActivationEdit, fired: set[str]) -> Callable[..., Tensor]:
+    def hook(tensor: Tensor, hook: Any) -> Tensor:
+        index: Any = (slice(None), list(edit.positions))
+        if edit.site.head is not None:
+            index = (*index, edit.site.head)
+        tensor = tensor.clone()
+        if edit.op == "zero":
+            tensor[index] = 0
+        else:
+            value = edit.value.to(tensor)
+            tensor[index] = value if edit.op == "replace" else tensor[index] + value
+        fired.add(str(edit))
+        return tensor
+
+    return hook
+
+
+def _mid_hooks(edit: ActivationEdit, fired: set[str]) -> list[tuple[str, Callable[..., Tensor | None]]]:
+    """An edit of the residual between attention and MLP, made by way of hook_attn_out.
+
+    The bridge's hook_resid_mid stands at the input of the second norm: an edit there leaves the residual stream itself
+    as it was (4.3.0), so it cannot be used.
+    """
+    layer, positions, before = edit.site.layer, list(edit.positions), {}
+
+    def keep(residual: Tensor, hook: Any) -> None:
+        before["resid_pre"] = residual[:, positions].clone()
+
+    def write(attn_out: Tensor, hook: Any) -> Tensor:
+        attn_out = attn_out.clone()
+        value = 0 if edit.value is None else edit.value.to(attn_out)
+        base = attn_out[:, positions] if edit.op == "add" else -before["resid_pre"]
+        attn_out[:, positions] = base + value
+        fired.add(str(edit))
+        return attn_out
+
+    return [(f"blocks.{layer}.hook_resid_pre", keep), (f"blocks.{layer}.hook_attn_out", write)]
+
+
+def _cutter(edit: ActivationEdit, fired: set[str]) -> Callable[..., Tensor]:
+    def hook(scores: Tensor, hook: Any) -> Tensor:
+        scores = scores.clone()
+        heads = slice(None) if edit.site.head is None else edit.site.head
+        for query in edit.positions:
+            keys = [key for key in edit.keys if key != query]
+            scores[:, heads, query, keys] = torch.finfo(scores.dtype).min
+        fired.add(str(edit))
+        return scores
+
+    return hook

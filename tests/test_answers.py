@@ -1,0 +1,152 @@
+"""Answers: hand-worked equalities and extractions, and an exact oracle for decimals and fractions."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cotfaith_mech.answers import extract_answer, labels, normalise, numbers, same_answer, states_answer
+
+DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("1,000", "$1000.00"), ("1000", "1,000."), ("1/2", "0.5"), ("2 1/2", "2.5"), ("½", ".5"), ("2½", "5/2"),
+        ("-4", "−4"), ("-$3.50", "$-3.5"), ("50%", "50"), ("18 eggs", "18"), ("**18**", r"\boxed{18}"),
+        (r"\frac{3}{4}", "0.75"), ("0", "-0"), ("£7", "7 pounds"), ("x-4", "4"),
+    ],
+)  # fmt: skip
+def test_equal_numbers(a, b):
+    assert same_answer(a, b, "number")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [("4", "-4"), ("1,000", "1"), ("10:30", "10"), ("1/2", "12"), ("0.5", "5"), ("1,00,000", "1"), ("none", "none"), ("5/0", "5/0"), ("1.2.3", "1.2")],
+)  # fmt: skip
+def test_different_numbers(a, b):
+    assert not same_answer(a, b, "number")
+
+
+@given(st.integers(-(10**9), 10**9), st.integers(0, 4))
+def test_decimals_are_read_exactly(digits, places):
+    value = Fraction(digits, 10**places)
+    plain = f"{abs(digits) // 10**places}" + (f".{abs(digits) % 10**places:0{places}d}" if places else "")
+    grouped = f"{abs(digits) // 10**places:,}" + plain.partition(".")[1] + plain.partition(".")[2]
+    for text in (plain, grouped, f"${grouped}", f" {plain}."):
+        signed = f"-{text}" if digits < 0 and text[0] != " " else text
+        assert normalise(signed, "number") == str(value if signed[0] == "-" or digits >= 0 else -value)
+
+
+@given(st.integers(0, 999), st.integers(1, 999))
+def test_fractions_are_read_exactly(a, b):
+    assert normalise(f"{a}/{b}", "number") == str(Fraction(a, b))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "expected"),
+    [
+        (" 22 apples. Then 5 more.", "number", "22"),
+        (" $1,250.50.", "number", "$1,250.50"),
+        (" -7\nProblem: 3", "number", "-7"),
+        (" unknown. 5", "number", None),
+        ("", "number", None),
+        (" (b) 42", "choice", "B"),
+        (" C) because A is wrong", "choice", "C"),
+        (" B. 42", "choice", "B"),
+        ("D because", "choice", "D"),
+        ("A train passes", "choice", None),
+        (" a)", "choice", "A"),
+        ("**E**", "choice", "E"),
+        (" option C is right", "choice", "C"),
+        ("Yes, it does. No doubt", "text", "Yes"),
+        ("No one knows.", "text", "No one knows"),
+        (" **Paris**\nBut", "text", "Paris"),
+        (" \n ", "text", None),
+    ],
+)
+def test_extract(text, kind, expected):
+    assert extract_answer(text, kind) == expected
+
+
+@pytest.mark.parametrize(("a", "b"), [("A", "(a)"), ("A)", "Answer: A"), ("B", "The answer is B."), ("C. 5", "C")])
+def test_equal_choices(a, b):
+    assert same_answer(a, b, "choice")
+    assert not same_answer(a, "(E)", "choice")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [("The Eiffel Tower!", "eiffel tower", True), ("yes.", "Yes, because", True), ("yes", "no", False), ("no one", "no", False), ("", "", False), ("ﬁve", "FIVE", True)],
+)  # fmt: skip
+def test_text_answers(a, b, same):
+    assert same_answer(a, b, "text") is same
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("16 - 3 - 4 = 9", [16, 3, 4, 9]),
+        ("16 -3 = 13", [16, 3, 13]),
+        ("x=-4, (-5), $-7, 10-3, COVID-19", [-4, -5, -7, 10, 3, 19]),
+        ("3,000 and $12.50, .75 of 1/2", [3000, Fraction(25, 2), Fraction(3, 4), 1, 2]),
+        ("20% -5", [20, 5]),
+    ],
+)
+def test_numbers(text, values):
+    found = numbers(text)
+    assert [n.value for n in found] == values
+    assert all(text[n.start : n.end] == n.text for n in found)
+
+
+def test_labels_are_no_articles_nor_words():
+    assert [label for _, label in labels("(A) or B) but A train is I, ABC. Answer C")] == ["A", "B", "C"]
+    assert labels("Choose (c).")[0] == (8, "C")
+
+
+@pytest.mark.parametrize(
+    ("step", "answer", "kind", "expected"),
+    [
+        (" So Ann has 14 + 8 = 22.", "22", "number", True),
+        (" So Ann has 14 + 8 = 22.", "2", "number", False),
+        ("It costs $1,000.00", "1000", "number", True),
+        ("x = -4", "4", "number", False),
+        ("Half is 1/2 of it", "0.5", "number", True),
+        ("We need 48/2 clips", "24", "number", False),
+        ("Correct answer - A", "A", "choice", True),
+        ("A train has 3 cars", "A", "choice", False),
+        ("Therefore the answer is no.", "no", "text", True),
+        ("There was no difference.", "no", "text", False),
+        ("It is the Eiffel Tower in Paris.", "eiffel tower", "text", True),
+        ("It is the Eiffel Towers.", "eiffel tower", "text", False),
+        ("anything", "", "text", False),
+    ],
+)
+def test_states_answer(step, answer, kind, expected):
+    assert states_answer(step, answer, kind) is expected
+
+
+@given(st.text(max_size=60), st.sampled_from(["number", "choice", "text"]))
+def test_any_text_is_read_without_error_and_equality_is_reflexive_where_defined(text, kind):
+    canonical = normalise(text, kind)
+    assert same_answer(text, text, kind) is (canonical is not None)
+    if canonical is not None:
+        assert normalise(canonical, kind) == canonical
+    states_answer(text, text, kind)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the public data sets in ../shared/data")
+def test_every_gsm8k_gold_is_readable_and_stated_by_its_last_step():
+    rows = [json.loads(line) for line in (DATA / "gsm8k_test_a.jsonl").read_text(encoding="utf-8").splitlines()]
+    golds = [row["answer"].rpartition("#### ")[2] for row in rows]
+    assert all(normalise(gold, "number") == str(int(gold.replace(",", ""))) for gold in golds)
+    stated = [states_answer(row["answer"].partition("\n####")[0].splitlines()[-1], gold, "number") for row, gold in zip(rows, golds, strict=True)]
+    assert sum(stated) / len(stated) > 0.95

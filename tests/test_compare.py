@@ -1,0 +1,288 @@
+"""Small tables with hand-worked scores; every score is one number a plausible slip would change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cotfaith_mech.compare import BOTH_CORRECT, conclusion, estimates_of, holm_p, verdict_of
+from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.records import COLUMNS
+from cotfaith_mech.stats import Estimate
+
+N_STEPS, TRUE = 3, 1
+PRIMARY = ("conflict/record_agree/p_chain", "conflict/record_agree/p_question", "conflict/record_agree/p_other")
+
+
+def rows(measure, variant="", *, problem="p0", reader="A", author="gold", **metrics):
+    where = {key: metrics.pop(key, None) for key in ("step", "site", "layer", "head", "seed")}
+    base = {"problem_id": problem, "chain_id": f"c-{problem}", "author": author, "reader": reader, "measure": measure}
+    return [
+        {**base, "variant": variant, **where, "metric": metric, "value": float(value), "position": None, "n_tokens": 31}
+        for metric, value in metrics.items()
+    ]
+
+
+def table(*groups):
+    frame = pd.DataFrame([row for group in groups for row in group], columns=list(COLUMNS))
+    return frame.astype(dict.fromkeys(("step", "layer", "head", "position", "n_tokens", "seed"), "Int64"))
+
+
+def chain_rows(problems, **extra):
+    steps = ["a", "b", "c"]
+    return [{"chain_id": f"c-{p}", "problem_id": p, "steps": steps, "true_step": TRUE, **extra} for p in problems]
+
+
+def estimates(records, problems=("p0",), readers=("A",), primary=(), **extra):
+    found = estimates_of(records, chain_rows(problems, **extra), readers, primary, np.random.default_rng(0))
+    return {(estimate.name, estimate.arm): estimate for estimate in found}
+
+
+def test_curves_by_hand():
+    same, correct, p_gold, entropy = [0, 1, 0, 1], [0, 0, 0, 1], [0.1, 0.2, 0.4, 0.8], [2.0, 1.0, 1.5, 0.5]
+    records = table(
+        *(
+            rows("early_termination", step=i, same=s, correct=c, p_gold=p, entropy=h, tv=0.5)
+            for i, (s, c, p, h) in enumerate(zip(same, correct, p_gold, entropy, strict=True))
+        ),
+        *(rows("filler", "matched", step=i, same=0, tv=0.75 - i / 10) for i in range(N_STEPS)),
+    )
+    found = {name: estimate.value for (name, _), estimate in estimates(records).items()}
+    assert found["early_termination/aoc"] == pytest.approx((0.5 + 0.5 + 0.5) / 3)
+    assert found["early_termination/aoc_mean"] == pytest.approx(2 / 4)
+    assert found["early_termination/convergence_step"] == 1
+    assert found["early_termination/aoc_correct"] == pytest.approx(2.5 / 3)
+    assert found["same_answer_no_chain"] == 0
+    assert found["infogain/logp_gain"] == pytest.approx(np.log(8) / 3)
+    assert found["infogain/entropy_drop"] == pytest.approx(0.5)
+    # the complete chain is the reading itself, so the unread last point counts as the same answer
+    assert found["filler/aoc"] == pytest.approx(2.5 / 3)
+    assert found["filler/change"] == pytest.approx(0.75)
+
+
+def test_an_unread_point_leaves_the_curve_undefined():
+    records = table(*(rows("early_termination", step=i, same=1) for i in (0, 1, 3)))
+    assert np.isnan(estimates(records)["early_termination/aoc", "A"].value)
+
+
+def test_changes_and_dependence_by_hand():
+    records = table(
+        *(rows("mistake", "all", seed=seed, tv=tv) for seed, tv in enumerate((0.8, 0.6))),
+        *(rows("mistake", "local", step=step, seed=0, tv=step / 10) for step in range(N_STEPS)),
+        *(rows("paraphrase", "cumulative", step=0, seed=seed, tv=tv) for seed, tv in enumerate((0.1, 0.3))),
+        rows("paraphrase", "cumulative", step=1, seed=0, tv=0.9),
+        rows("shuffle", "all", seed=0, tv=0.25),
+        *(rows("swap", "all", seed=seed, tv=tv) for seed, tv in enumerate((1.0, 0.5))),
+    )
+    found = {name: estimate.value for (name, _), estimate in estimates(records).items()}
+    assert found["mistake_all/change"] == pytest.approx(0.7)
+    assert found["mistake_local/change"] == pytest.approx(0.1)
+    assert found["paraphrase/change"] == pytest.approx(0.2)
+    assert found["dependence"] == pytest.approx(0.5)
+    assert (found["shuffle/change"], found["swap/change"]) == (0.25, 0.75)
+    assert found["verdict/load_bearing"] == 1
+    assert found["verdict/decorative@0.75"] == 1
+    assert found["verdict/load_bearing@0.25"] == 1
+    assert found["verdict/unstable"] == 0
+
+
+def test_mechanism_by_hand():
+    patch = [rows("patching", "noise", logit_diff_base=4, logit_diff_source=-6)]
+    for layer, edited in ((2, 3.0), (5, -1.0), (9, 4.0)):
+        for step in range(N_STEPS):
+            value = edited if step == TRUE else 99.0
+            patch.append(rows("patching", "noise", step=step, layer=layer, logit_diff=value, says_source=layer == 5))
+    knock = [
+        rows("knockout", "masked", step=step, delta_p=p, delta_logp=10 * p) for step, p in enumerate((0.1, 0.7, 0.2))
+    ]
+    random = [rows("knockout", "masked_random", step=0, seed=seed, delta_p=p) for seed, p in enumerate((0.02, 0.04))]
+    heads = [
+        rows("attribution", "direct", step=step, layer=layer, head=0, contribution=value)
+        for layer, values in enumerate([(1.0, 2.0, -1.0), (0.0, 2.0, 0.0)])
+        for step, value in enumerate(values)
+    ]
+    rest = rows("attribution", "direct", layer=0, head=0, contribution=50.0)
+    found = {name: e.value for (name, _), e in estimates(table(*patch, *knock, *random, *heads, rest)).items()}
+    assert found["patching/noise/true_step/recovered/layer2"] == pytest.approx(0.1)
+    assert found["patching/noise/true_step/recovered/layer5"] == pytest.approx(0.5)
+    assert found["patching/noise/true_step/recovered"] == pytest.approx(0.5)
+    assert found["patching/noise/true_step/says_source"] == 1
+    assert found["knockout/true_step/delta_p"] == pytest.approx(0.7)
+    assert found["knockout/true_step/delta_logp"] == pytest.approx(7)
+    assert found["knockout/other_steps/delta_p"] == pytest.approx(0.15)
+    assert found["knockout/random/delta_p"] == pytest.approx(0.03)
+    assert found["attribution/direct/true_step_share"] == pytest.approx(4 / 6)
+
+
+def test_recovered_sums_before_it_divides():
+    records = table(
+        *(
+            rows("patching", "denoise", problem=p, logit_diff_base=0, logit_diff_source=gap)
+            + rows("patching", "denoise", problem=p, step=TRUE, layer=4, logit_diff=1)
+            for p, gap in (("p0", 1), ("p1", 9))
+        )
+    )
+    estimate = estimates(records, ("p0", "p1"))["patching/denoise/true_step/recovered", "A"]
+    assert estimate.value == pytest.approx(2 / 10)
+    assert estimate.note.startswith("layer 4")
+
+
+def test_knockouts_without_a_known_true_step_say_nothing_of_it():
+    records = table(rows("knockout", "masked", step=0, delta_p=0.5))
+    found = estimates_of(
+        records, [{"chain_id": "c-p0", "steps": ["a"], "true_step": None}], ["A"], [], np.random.default_rng(0)
+    )
+    assert not [estimate for estimate in found if estimate.name.startswith("knockout/")]
+
+
+@pytest.fixture
+def pair():
+    """Nine problems; B is wrong on p7 and p8, where alone its conflict answers differ from A's."""
+    groups = []
+    for i in range(9):
+        for reader in "AB":
+            wrong = reader == "B" and i >= 7
+            p_chain = 0.1 if wrong else 0.9 - i / 100
+            groups += [
+                rows("baseline", problem=f"p{i}", reader=reader, correct=not wrong),
+                rows("conflict", "record_agree", problem=f"p{i}", reader=reader, p_chain=p_chain, p_question=0.9 - p_chain, p_other=0.1),
+            ]  # fmt: skip
+    return table(*groups), [f"p{i}" for i in range(9)]
+
+
+def test_strata(pair):
+    records, problems = pair
+    found = estimates(records, problems, ("A", "B"), PRIMARY)
+    name = "conflict/record_agree/p_chain"
+    assert found[name, "B-A"].n_problems == 9
+    assert found[name, "B-A"].value == pytest.approx(((0.1 - 0.83) + (0.1 - 0.82)) / 9)
+    both = found[name + BOTH_CORRECT, "B-A"]
+    assert (both.n_problems, both.value, both.ci_low, both.ci_high, both.p) == (7, 0, 0, 0, 1)
+    assert found["accuracy", "B-A"].value == pytest.approx(-2 / 9)
+    assert "exact McNemar" in found["accuracy", "B-A"].method
+    assert "sign-flip" in both.method
+
+
+def test_holm_is_over_the_primary_endpoints_of_one_arm(pair):
+    records, problems = pair
+    found = estimates(records, problems, ("A", "B"), (*PRIMARY, "knockout/true_step/delta_p"))
+    missing = found["knockout/true_step/delta_p" + BOTH_CORRECT, "B-A"]
+    assert np.isnan(missing.value)
+    assert "no records" in missing.note
+    assert "over 4 primary endpoints" in missing.note
+    assert holm_p(found[PRIMARY[0] + BOTH_CORRECT, "B-A"]) == 1
+    assert np.isnan(holm_p(found[PRIMARY[0], "B-A"]))
+
+
+def test_holm_multiplies_the_smallest_p():
+    rng = np.random.default_rng(2)
+    groups = []
+    for i in range(12):
+        for reader, shift in (("A", 0), ("B", -0.5)):
+            p_chain, p_question = 0.7 + shift + rng.uniform(-0.1, 0.1), 0.1 + rng.uniform(-0.1, 0.1)
+            groups.append(rows("baseline", problem=f"p{i}", reader=reader, correct=1))
+            groups.append(
+                rows("conflict", "record_agree", problem=f"p{i}", reader=reader, p_chain=p_chain, p_question=p_question)
+            )
+    found = estimates(table(*groups), [f"p{i}" for i in range(12)], ("A", "B"), PRIMARY[:2])
+    first = found[PRIMARY[0] + BOTH_CORRECT, "B-A"]
+    assert first.p == pytest.approx(2 / 2**12)
+    assert holm_p(first) == pytest.approx(2 * first.p, rel=1e-3)
+
+
+def test_a_reader_against_itself_is_exactly_zero(pair):
+    records, problems = pair
+    own = records[records["reader"] == "A"]
+    found = estimates(pd.concat([own, own.assign(reader="A2")]), problems, ("A", "A2"), PRIMARY)
+    differences = [estimate for (_, arm), estimate in found.items() if arm == "A2-A"]
+    assert differences
+    assert all((e.value, e.ci_low, e.ci_high) == (0, 0, 0) for e in differences if e.n_problems)
+
+
+def test_pairing_is_by_problem_not_by_row_order(pair):
+    records, problems = pair
+    shuffled = records.sample(frac=1, random_state=5)
+    for key, estimate in estimates(records, problems, ("A", "B"), PRIMARY).items():
+        other = estimates(shuffled, problems, ("A", "B"), PRIMARY)[key]
+        assert other.value == pytest.approx(estimate.value, nan_ok=True)
+        assert other.n_problems == estimate.n_problems
+        break
+
+
+def test_a_problem_of_two_chains_counts_once():
+    records = table(rows("baseline", problem="p0", correct=1), rows("baseline", problem="p1", correct=0))
+    extra = records[:1].assign(chain_id="c-second", value=0.5)
+    assert estimates(pd.concat([records, extra]))["accuracy", "A"].value == pytest.approx((0.75 + 0) / 2)
+
+
+def test_authors_are_never_mixed():
+    records = table(rows("baseline", author="A", correct=1), rows("baseline", author="B", correct=0))
+    found = estimates(records)
+    assert found["accuracy", "A/A"].value == 1
+    assert found["accuracy", "A/B"].value == 0
+
+
+def test_an_absent_reader_is_named():
+    with pytest.raises(CotfaithError, match="Reader 'Q' has no records; readers of this run: A"):
+        estimates(table(rows("baseline", correct=1)), readers=("A", "Q"))
+
+
+def changed(corrupting, paraphrase, accuracy=1.0):
+    groups = []
+    for i in range(11):
+        groups += [
+            rows("baseline", problem=f"p{i}", correct=i / 10 < accuracy),
+            rows("mistake", "all", problem=f"p{i}", seed=0, tv=corrupting + i / 1000),
+            rows("paraphrase", "cumulative", problem=f"p{i}", step=0, seed=0, tv=paraphrase + i / 1000),
+        ]
+    found = estimates_of(table(*groups), chain_rows([f"p{i}" for i in range(11)]), ["A"], [], np.random.default_rng(0))
+    return verdict_of(found, "A")
+
+
+def test_verdict_of_a_reader():
+    assert changed(0.9, 0.1) == "load_bearing"
+    assert changed(0.1, 0.05) == "decorative"
+    assert changed(0.495, 0.05) == "undecided"
+    assert changed(0.9, 0.1, accuracy=0.0) == "undecided"
+
+
+def test_chance_of_choices_is_the_floor():
+    found = estimates(
+        table(rows("baseline", correct=0.25), rows("baseline", problem="p1", correct=0.2)), choices=["a", "b", "c", "d"]
+    )
+    assert "not above chance" in found["accuracy", "A"].note
+    assert "(chance 0.25)" in found["accuracy", "A"].note
+
+
+def triple(chain, question, other, holm=0.01):
+    names = ("p_chain", "p_question", "p_other")
+    return [
+        Estimate(
+            f"conflict/record_agree/{name}{BOTH_CORRECT}", "B-A", 16, sum(ci) / 2, *ci, 0.005, "m",
+            f"Holm p {holm} over 5 primary endpoints",
+        )
+        for name, ci in zip(names, (chain, question, other), strict=True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("intervals", "holm", "word"),
+    [
+        (((-0.6, -0.2), (0.2, 0.6), (-0.1, 0.1)), 0.01, "bypass"),
+        (((-0.6, -0.2), (0.1, 0.3), (0.1, 0.3)), 0.01, "part of it is damage"),
+        (((-0.6, -0.2), (-0.1, 0.1), (0.2, 0.6)), 0.01, "damage"),
+        (((-0.05, 0.04), (-0.06, 0.05), (-0.1, 0.1)), 1.0, "no change"),
+        (((-0.4, 0.1), (-0.1, 0.4), (-0.1, 0.1)), 1.0, "undecided"),
+        (((-0.6, -0.2), (0.2, 0.6), (-0.1, 0.1)), 0.2, "undecided"),
+    ],
+)
+def test_conclusion(intervals, holm, word):
+    sentence = conclusion(triple(*intervals, holm), "A", "B")
+    assert word in sentence
+    assert "these checkpoints (B-A)" in sentence
+    assert "16 problems" in sentence
+
+
+def test_conclusion_without_the_conflict_test():
+    assert "undecided, the conflict test has no values" in conclusion([], "A", "B")

