@@ -256,22 +256,23 @@ def spearman(x: Float[np.ndarray, " row"], y: Float[np.ndarray, " row"]) -> floa
 
 
 def _residual_ranks(
-    values: Float[np.ndarray, " row"], covariates: Float[np.ndarray, "row covariate"]
-) -> Float[np.ndarray, " row"]:
-    """What of the ranks of `values` the ranks of `covariates` do not give linearly, scaled to norm 1."""
-    columns = [scipy.stats.rankdata(column) for column in covariates.T]
-    design = np.column_stack([np.ones(len(values)), *columns])
-    ranks = scipy.stats.rankdata(values)
-    residual = ranks - design @ np.linalg.lstsq(design, ranks)[0]
-    norm = np.linalg.norm(residual)
-    return residual / norm if norm > 1e-9 * len(ranks) else np.full(len(ranks), np.nan)
+    values: Float[np.ndarray, "row side"], covariates: Float[np.ndarray, "row covariate"]
+) -> Float[np.ndarray, "row side"]:
+    """What of the ranks of each column of `values` the ranks of `covariates` do not give linearly, scaled to norm 1."""
+    n, sides = values.shape
+    ranks = scipy.stats.rankdata(np.column_stack([values, covariates]), axis=0)
+    design = np.column_stack([np.ones(n), ranks[:, sides:]])
+    residual = ranks[:, :sides] - design @ np.linalg.lstsq(design, ranks[:, :sides])[0]
+    norm = np.linalg.norm(residual, axis=0)
+    return np.where(norm > 1e-9 * n, residual / np.maximum(norm, 1e-300), np.nan)
 
 
 def partial_spearman(
     x: Float[np.ndarray, " row"], y: Float[np.ndarray, " row"], covariates: Float[np.ndarray, "row covariate"]
 ) -> float:
     """Spearman's rho of x and y given the covariates: correlation of the residuals of their ranks."""
-    return float(_residual_ranks(x, covariates) @ _residual_ranks(y, covariates))
+    residuals = _residual_ranks(np.column_stack([x, y]), covariates)
+    return float(residuals[:, 0] @ residuals[:, 1])
 
 
 def _pooled(rows: Table, mechanism: str, rng: Generator) -> list[Estimate]:
@@ -285,6 +286,7 @@ def _pooled(rows: Table, mechanism: str, rng: Generator) -> list[Estimate]:
     covariates = rows[["position", "is_last", "characters", "n_tokens", "confidence"]].astype(float)
     given = covariates.dropna(axis=1)
     matrix = given.to_numpy(float)
+    residuals = _residual_ranks(np.column_stack([behaviour, effect]), matrix)
     chains = rows["chain_id"].to_numpy()
     scores: list[tuple[str, Callable[[Int[np.ndarray, " row"]], float], float, str]] = [
         (
@@ -298,7 +300,7 @@ def _pooled(rows: Table, mechanism: str, rng: Generator) -> list[Estimate]:
         (
             "rho_partial",
             lambda i: partial_spearman(behaviour[i], effect[i], matrix[i]),
-            within_chain_p(_residual_ranks(behaviour, matrix), chains, _dot(_residual_ranks(effect, matrix)), rng),
+            within_chain_p(residuals[:, 0], chains, _dot(residuals[:, 1]), rng),
             "given " + ", ".join(given.columns),
         ),
     ]

@@ -115,7 +115,8 @@ def token_spans(chain: Chain, encoding: Encoding) -> TokenSpans:
     return TokenSpans(spans[0], spans[1:-2], spans[-2], spans[-1])
 
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]*_]*(?=\s+\S)|(?<![\r\n])(?=[\r\n]+[^\r\n])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]*_]*(?=\s+\S)|(?<!\s)(?=\s*[\r\n]\s*\S)")
+_LINE_END = re.compile(r"\s*[\r\n]")
 _LIST_MARKER = re.compile(r"\s*(?:[-*•]\s*)?(?:\W*step\s*)?(?:\d+|[A-Za-z]|[ivx]+)[.)][*_]*", re.IGNORECASE)
 _TITLE = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Rs|vs|approx)\.$")
 _INITIALS = re.compile(r"\b[A-Za-z]\.[A-Za-z]\.$|\b[Nn]o\.$")
@@ -141,7 +142,7 @@ def segment(text: str, max_steps: int = 40) -> tuple[str, ...]:
 
 def _goes_on(text: str, end: int) -> bool:
     """Whether the full stop before `end` belongs to a list marker or an abbreviation."""
-    if text[end] in "\r\n":
+    if _LINE_END.match(text, end):
         return False
     line = text[:end].splitlines()[-1]
     if _LIST_MARKER.fullmatch(line) or _TITLE.search(line):

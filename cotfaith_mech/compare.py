@@ -71,7 +71,7 @@ def estimates_of(
         own = records[records["author"] == author]
         suffix = f"/{author}" if len(authors) > 1 else ""
         outcome, ratio = outcomes(own, by_id), recovered(own, by_id)
-        for stratum, problems in _strata(outcome, readers).items():
+        for stratum, problems in _strata(own, readers).items():
             estimates += _of_means(outcome, readers, problems, stratum, suffix, rng)
             estimates += _of_ratios(ratio, readers, problems, stratum, suffix, rng)
         arms += [f"{other}-{readers[0]}{suffix}" for other in readers[1:]]
@@ -234,9 +234,9 @@ def _from_attribution(records: Table, chains: Chains) -> list[Table]:
     return parts
 
 
-def mid_layer(layers: Iterable[int]) -> int:
-    """The patched layer named beforehand as the one to report: the middle one of those patched."""
-    known = sorted(set(layers))
+def mid_layer(layers: Table) -> int:
+    """The patched layer named beforehand as the one to report: the middle one of a `layer` column's values."""
+    known = sorted({int(layer) for layer in layers})
     return known[len(known) // 2]
 
 
@@ -283,10 +283,10 @@ def recovered(records: Table, chains: Chains) -> Table:
 # 3. estimates of one author's chains in one stratum
 
 
-def _strata(outcome: Table, readers: Sequence[str]) -> dict[str, set[str]]:
-    accuracy = _by_problem(outcome[outcome["name"] == "accuracy"], "value", readers)
+def _strata(records: Table, readers: Sequence[str]) -> dict[str, set[str]]:
+    accuracy = _by_problem(_rows(records, "baseline", "correct"), "value", readers)
     correct = set(accuracy.index[(accuracy == 1).all(axis=1)])
-    return {"": set(outcome["problem_id"]), BOTH_CORRECT: correct}
+    return {"": set(records["problem_id"]), BOTH_CORRECT: correct}
 
 
 def _by_problem(rows: Table, column: str, readers: Sequence[str]) -> Table:
@@ -406,14 +406,14 @@ def conclusion(estimates: Sequence[Estimate], base: str, tuned: str, variant: st
 
 
 def _outcome(chain: Estimate, question: Estimate, other: Estimate) -> str:
+    if all(e.ci_low >= -NO_CHANGE and e.ci_high <= NO_CHANGE for e in (chain, question)):
+        return f"no change beyond {NO_CHANGE}, both intervals lie within it"
     falls, question_rises, other_rises = _moved(chain) < 0, _moved(question) > 0, _moved(other) > 0
     if falls and question_rises:
         beside = "; other answers rise too, so part of it is damage" if other_rises else ""
         return f"bypass, the answer moves from the chain to the question{beside}"
     if falls and other_rises:
         return "damage, the answer leaves the chain for other answers and not for the question"
-    if all(e.ci_low >= -NO_CHANGE and e.ci_high <= NO_CHANGE for e in (chain, question)):
-        return f"no change, both intervals lie within {NO_CHANGE} of 0"
     return "undecided"
 
 

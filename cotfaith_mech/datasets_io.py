@@ -28,6 +28,7 @@ CUE = "\nSo the answer is"
 Row = dict[str, Any]
 _GENERATORS = {"people": people_problems, "arithmetic": word_problems}
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))??(?::([\w.-]+))?")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"[-+−]?[$€£]?\s?(\d[\d,]*(\.\d+)?|\.\d+)\s?%?")
 
 
@@ -267,7 +268,7 @@ def _problem(
     if not gold:
         return "the answer is missing or empty"
     worked = _tiled(steps)
-    if any("\ud800" <= letter <= "\udfff" for letter in "".join((question, gold, cue, *worked))):
+    if _HALF_PAIR.search("".join((question, gold, cue, *worked))):
         return "the text holds half a surrogate pair, which no tokenizer reads"
     choices: tuple[str, ...] = ()
     if options is not None:

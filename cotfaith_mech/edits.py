@@ -151,11 +151,15 @@ def mistake_all(chain: Chain, rng: np.random.Generator, avoid: AbstractSet[str] 
 
 def _altered_number(text: str, taken: AbstractSet[object], rng: np.random.Generator) -> _Span | None:
     for number in _by_preference(text):
-        drawn = [_other_digits(number.text, rng) for _ in range(_DRAWS)]
-        differing = [new for new in drawn if numbers(new)[0].value != abs(number.value)]
-        if differing:
-            free = (new for new in differing if numbers(new)[0].value not in taken)
-            return _Span(number.start, number.text, next(free, differing[0]))
+        colliding = None
+        for _ in range(_DRAWS):
+            new = _other_digits(number.text, rng)
+            value = numbers(new)[0].value
+            if value not in taken:
+                return _Span(number.start, number.text, new)
+            colliding = new if value != abs(number.value) else colliding
+        if colliding is not None:
+            return _Span(number.start, number.text, colliding)
     return None
 
 

@@ -11,20 +11,23 @@ colour-blind readers; blue is positive and white is 0 in every map. Text of mode
 
 from __future__ import annotations
 
+import functools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 from . import views
+from .compare import Table
 from .records import RunDirectory
 
 READER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -36,7 +39,7 @@ CURVE_Y = "answers unchanged (share)"
 ROLE_COLOURS = {"true step": "#333333", "all steps": "#333333", "other steps": "#8C8C8C", "random": "#D9D9D9"}
 PAPER_WIDTH = 7.0  # inches: two columns
 MAX_CHAIN_MAPS = 3
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "figure.dpi": 200,
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
@@ -71,7 +74,7 @@ def draw_figures(run: RunDirectory) -> list[Path]:
         return [path for name, figure in _figures(run, records, chains) for path in _save(run, name, figure)]
 
 
-def _figures(run: RunDirectory, records: pd.DataFrame, chains: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
+def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
     manifest = run.read_manifest()
     config, apart = manifest.get("config") or {}, views.disagreements(manifest)
     readers = views.readers_of(config, records)
@@ -107,7 +110,7 @@ def _save(run: RunDirectory, name: str, figure: Figure) -> list[Path]:
     return [png, pdf]
 
 
-def _chains_to_draw(records: pd.DataFrame, chains: list[dict[str, Any]], apart: pd.DataFrame) -> list[dict[str, Any]]:
+def _chains_to_draw(records: Table, chains: list[dict[str, Any]], apart: Table) -> list[dict[str, Any]]:
     """The chains where behaviour and mechanism disagree most, then the first ones, MAX_CHAIN_MAPS in all."""
     patched = set(views.select(records, "patching", "logit_diff").dropna(subset=["step"])["chain_id"])
     first = [*apart["chain_id"], *(chain["chain_id"] for chain in chains)]
@@ -124,14 +127,19 @@ def _marker(readers: list[str], reader: str) -> str:
     return READER_MARKERS[readers.index(reader) % len(READER_MARKERS)] if reader in readers else "o"
 
 
+@functools.cache
+def _font() -> FT2Font:
+    return FT2Font(font_manager.findfont("DejaVu Sans"))
+
+
 def drawable(text: str) -> str:
     """`text` on one line, with a box for every character the figures' font has no glyph for."""
-    font = FT2Font(font_manager.findfont("DejaVu Sans"))
+    font = _font()
     plain = " ".join(text.split())
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in plain)
 
 
-def curve_figure(curves: pd.DataFrame, readers: list[str]) -> Figure:
+def curve_figure(curves: Table, readers: list[str]) -> Figure:
     """One panel a test: share of unchanged answers over the fraction kept, with bands, one line a reader."""
     measures = [m for m in views.CURVES if (curves["measure"] == m).any()]
     figure = Figure(figsize=(PAPER_WIDTH, 2.6))
@@ -152,16 +160,21 @@ def curve_figure(curves: pd.DataFrame, readers: list[str]) -> Figure:
     return figure
 
 
-def _map(axis: Axes, values: np.ndarray, limit: float) -> Any:
+def _map(axis: Axes, values: np.ndarray, limit: float) -> None:
     """A RdBu map centred at 0; cells without a value are hatched grey."""
     axis.set_facecolor("#DDDDDD")
-    image = axis.pcolormesh(
+    axis.pcolormesh(
         np.ma.masked_invalid(values), cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.4
     )
     axis.invert_yaxis()
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
-    return image
+
+
+def _scale(figure: Figure, axes: Iterable[Axes], limit: float, label: str) -> None:
+    """The colour bar that all maps of a figure share."""
+    colours = ScalarMappable(Normalize(-limit, limit), "RdBu")
+    figure.colorbar(colours, ax=list(axes), label=label, shrink=0.9, aspect=14)
 
 
 def _limit(values: np.ndarray) -> float:
@@ -176,7 +189,7 @@ def _ticks(axis: Axes, which: str, labels: list[Any], most: int = 12) -> None:
     axis.set(**{f"{which}ticks": [i + 0.5 for i in at], f"{which}ticklabels": [str(labels[i]) for i in at]})
 
 
-def patching_figure(cells: pd.DataFrame, readers: list[str]) -> Figure:
+def patching_figure(cells: Table, readers: list[str]) -> Figure:
     """Layer x role-of-step effect in logits: readers above, differences to the first below; one colour scale."""
     roles = [role for role in views.ROLES if (cells["role"] == role).any()]
     layers = sorted(cells["layer"].unique())
@@ -191,7 +204,7 @@ def patching_figure(cells: pd.DataFrame, readers: list[str]) -> Figure:
     figure = Figure(figsize=(PAPER_WIDTH, 0.75 + rows * (0.5 + 0.3 * len(roles))))
     axes = figure.subplots(rows, len(maps), squeeze=False)
     for axis, reader in zip(axes[0], maps, strict=True):
-        image = _map(axis, maps[reader], limit)
+        _map(axis, maps[reader], limit)
         axis.set_title(f"reader {drawable(reader)}")
     for axis, (a, b) in zip(axes[-1][1:], gaps, strict=True):
         _map(axis, gaps[a, b], limit)
@@ -206,13 +219,11 @@ def patching_figure(cells: pd.DataFrame, readers: list[str]) -> Figure:
         axes[1][0].set_visible(False)
     axes[0][0].set_xlabel("layer of the patch")
     variant = cells["variant"].iloc[0]
-    figure.colorbar(
-        image, ax=list(axes.ravel()), label=f"Δ logit difference\n({variant}, logits)", shrink=0.9, aspect=14
-    )
+    _scale(figure, axes.ravel(), limit, f"Δ logit difference\n({variant}, logits)")
     return figure
 
 
-def chain_figure(cells: pd.DataFrame, chain: dict[str, Any], readers: list[str]) -> Figure:
+def chain_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Figure:
     """Layer x step effect of one chain with the steps' own text, one panel a reader; a dot marks the true step."""
     readers = views.present(readers, cells)
     layers, steps = sorted(cells["layer"].unique()), list(range(len(chain["steps"])))
@@ -222,7 +233,7 @@ def chain_figure(cells: pd.DataFrame, chain: dict[str, Any], readers: list[str])
     for axis, reader in zip(axes, readers, strict=True):
         one = cells[cells["reader"] == reader]
         wide = one.pivot_table(index="step", columns="layer", values="effect").reindex(index=steps, columns=layers)
-        image = _map(axis, wide.to_numpy(float), limit)
+        _map(axis, wide.to_numpy(float), limit)
         axis.set(title=f"reader {drawable(reader)}", xlabel="layer of the patch")
         _ticks(axis, "x", layers, most=8)
         axis.set_yticks([])
@@ -231,7 +242,7 @@ def chain_figure(cells: pd.DataFrame, chain: dict[str, Any], readers: list[str])
     labels = [f"{mark}{textwrap.fill(text, 40)}" for mark, text in zip(marks, texts, strict=True)]
     axes[0].set_yticks([step + 0.5 for step in steps], labels, fontsize=6.5)
     variant = cells["variant"].iloc[0]
-    figure.colorbar(image, ax=list(axes), label=f"Δ logit difference\n({variant}, logits)", aspect=14)
+    _scale(figure, axes, limit, f"Δ logit difference\n({variant}, logits)")
     figure.suptitle(
         f"Problem {drawable(chain['problem_id'])}: the chain's steps (● the step the answer rests on)", fontsize=8.5
     )
@@ -263,7 +274,7 @@ def forest_figure(differences: list[Any], readers: list[str]) -> Figure:
     return figure
 
 
-def conflict_figure(triple: pd.DataFrame, readers: list[str]) -> Figure:
+def conflict_figure(triple: Table, readers: list[str]) -> Figure:
     """Whose answer is given when question and chain disagree: one panel a record variant, one bar a reader."""
     readers = views.present(readers, triple)
     variants = sorted(triple["variant"].unique())
@@ -288,7 +299,7 @@ def conflict_figure(triple: pd.DataFrame, readers: list[str]) -> Figure:
     return figure
 
 
-def bridge_figure(points: pd.DataFrame, disagreements: pd.DataFrame, readers: list[str]) -> Figure:
+def bridge_figure(points: Table, disagreements: Table, readers: list[str]) -> Figure:
     """Behaviour (mistake) against mechanism (knockout), one point a step; disagreeing chains are ringed and named."""
     shown = views.present(readers, points)
     figure = Figure(figsize=(PAPER_WIDTH, 2.7))
@@ -316,7 +327,7 @@ def bridge_figure(points: pd.DataFrame, disagreements: pd.DataFrame, readers: li
     return figure
 
 
-def knockout_figure(losses: pd.DataFrame, readers: list[str]) -> Figure:
+def knockout_figure(losses: Table, readers: list[str]) -> Figure:
     """Probability the answer loses when its cue cannot see a step: every problem a dot, the mean with its interval."""
     shown = views.present(readers, losses)
     roles = [role for role in ROLE_COLOURS if (losses["role"] == role).any()]
@@ -342,7 +353,7 @@ def knockout_figure(losses: pd.DataFrame, readers: list[str]) -> Figure:
     return figure
 
 
-def attribution_figure(heads: pd.DataFrame, readers: list[str]) -> Figure:
+def attribution_figure(heads: Table, readers: list[str]) -> Figure:
     """Head x layer map of the direct logit contribution of the true step, one panel a reader."""
     readers = views.present(readers, heads)
     layers, numbers = sorted(heads["layer"].unique()), sorted(heads["head"].unique())
@@ -352,12 +363,12 @@ def attribution_figure(heads: pd.DataFrame, readers: list[str]) -> Figure:
     for axis, reader in zip(axes, readers, strict=True):
         one = heads[heads["reader"] == reader]
         wide = one.pivot_table(index="layer", columns="head", values="value").reindex(index=layers, columns=numbers)
-        image = _map(axis, wide.to_numpy(float), limit)
+        _map(axis, wide.to_numpy(float), limit)
         axis.set(title=f"reader {drawable(reader)}", xlabel="head")
         _ticks(axis, "x", numbers)
         _ticks(axis, "y", layers)
     if axes[0].get_ylim()[0] > axes[0].get_ylim()[1]:
         axes[0].invert_yaxis()
     axes[0].set_ylabel("layer (first at the bottom)")
-    figure.colorbar(image, ax=list(axes), label="direct contribution\nfrom the true step (logits)", aspect=14)
+    _scale(figure, axes, limit, "direct contribution\nfrom the true step (logits)")
     return figure

@@ -120,6 +120,7 @@ class Branch:
     n_logits: int
 
 
+@runtime_checkable
 class CachedRun(Protocol):
     """A base run and its counterfactuals. Results come back in the order asked, on the CPU in float32."""
 

@@ -47,7 +47,7 @@ _CONNECTIVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         r"(?:next|then|after that|afterwards|subsequently)\b(?! to),?",
-        ("Next, ", "After that, ", "Then ", "Afterwards, "),
+        ("Next, ", "After that, ", "Then ", "Afterwards, ", "After this, ", "As the next step, ", "Following that, "),
     ),
     (
         r"(?:first|firstly|to begin(?: with)?|to start(?: with)?|first of all),",
@@ -78,10 +78,8 @@ needed | required
 needs to | has to
 need to | have to
 uses | makes use of
-used to make | used for making
-collects | gathers
 collected | gathered
-altogether | in total | all told | in all
+altogether | in total | all told
 each day | every day
 each week | every week
 each month | every month
@@ -92,21 +90,18 @@ appear to | seem to
 associated with | linked to
 compared with | compared to
 improve | enhance
-improves | enhances
 improved | enhanced
 due to | owing to
 despite | in spite of
 similar to | comparable to
 useful | helpful
 based on | on the basis of
-prior to | before
 may | might
 the rest of | the remainder of
 for a total of | which makes a total of
 becomes | turns into
 saves | puts aside
 saved | put aside
-only | just
 gives us | yields
 therefore | thus
 in order to | so as to
@@ -121,20 +116,17 @@ calculate | compute | work out
 determine | find out
 shows that | demonstrates that | indicates that
 showed that | demonstrated that | indicated that
-show that | demonstrate that | indicate that
 suggests that | indicates that
 although | even though
 while | whereas
 important | essential
 helps | assists
 findings | results
-patients who | patients that
 people who | people that
 often | frequently
 usually | generally
-recall | remember
-believe | think
-believes | thinks
+believe that | think that
+believes that | thinks that
 allows | permits
 is equal to | equals
 additional | extra
@@ -142,7 +134,6 @@ remaining | leftover
 total cost | overall cost
 total number | overall number
 number of | count of
-during | over the course of
 is not | isn't
 are not | aren't
 was not | wasn't
@@ -168,6 +159,7 @@ _DIRECTED = tuple(
         (r"\b[Bb]ecause\b(?! of)", ("given that", "since")),
         (r"\bgets(?= [$\d])", ("receives",)),
         (r"\bgot(?= [$\d])", ("received",)),
+        (r"\bin all(?=\s*$|[,.;])", ("in total",)),
         (r"\bkids\b", ("children",)),
         (r"(?<=[Tt]he )total(?= [a-z])(?! of| is| was| comes| will| would)", ("overall", "combined")),
         (r"\bmakes(?= \$)", ("earns",)),
@@ -250,11 +242,17 @@ _FRAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
 )
+_IMPERATIVE = re.compile(
+    r"(?:find|add|subtract|multiply|divide|calculate|compute|let|note|first|now|here|then|next|determine|combine|assume"
+    r"|consider|remember|recall|use|solve|suppose|convert|take|start|we (?:see|find|know))\b",
+    re.IGNORECASE,
+)
 _PARTICIPLE = re.compile(
     r"[A-Z][a-z]+(?:ing (?:the|a|an|his|her|their|all|both|like|these|this|that|it|up|out|for|[$\d])|ly,)"
 )
 _CLAUSE = re.compile(
-    r"(?P<x>(?:After|Before|When|If|Since|Because|With|During|Once|While|At|On|In|For|By) [^,:;]+?), (?:then )?(?P<y>[^:;]+)"
+    r"(?P<x>(?:After|Before|When|If|Since|Because|With|During|Once|While|At|On|In|For|By) [^,:;]+?), "
+    r"(?:then )?(?P<y>[^:;]+)"
 )
 
 _FUNCTION_WORDS = frozenset(
@@ -333,8 +331,7 @@ def _sentence(sentence: str, rng: np.random.Generator) -> str:
     options, core = _opening(core)
     reworded = _words(_framed(_clauses(core, rng), rng), rng)
     if options or reworded == core or rng.random() < 0.25:
-        opening = options or ((*_OPENINGS, *_SUM_OPENINGS) if _SUM.search(core) else _OPENINGS)
-        reworded = _drawn(opening, rng) + _small(reworded, ordinary)
+        reworded = _drawn(options or _neutral(core), rng) + _small(reworded, ordinary)
     return sentence[:start] + reworded + sentence[stop:]
 
 
@@ -351,6 +348,13 @@ def _opening(core: str) -> tuple[tuple[str, ...], str]:
             same = tuple(o for o in options if o.strip(" ,").lower() != match[0].strip(" ,").lower())
             return same, _capital(rest)
     return (), core
+
+
+def _neutral(core: str) -> tuple[str, ...]:
+    """Openings that add nothing; of arithmetic only before arithmetic, none ending in 'that' before an imperative."""
+    openings = (*_OPENINGS, *_SUM_OPENINGS) if _SUM.search(core) else _OPENINGS
+    adverbial = tuple(o for o in openings if o.endswith(", ") and not core.lower().startswith(o[:-2].lower()))
+    return adverbial if _IMPERATIVE.match(core) else openings
 
 
 def _capital(text: str) -> str:

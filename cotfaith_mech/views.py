@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from .bridge import DISAGREEMENT
-from .compare import mid_layer
+from .compare import Table, mid_layer
 from .stats import Estimate
 
 CURVES = ("early_termination", "filler", "paraphrase")
@@ -43,7 +43,7 @@ EFFECTS = (
 )
 
 
-def steps_of(chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def steps_of(chains: Sequence[dict[str, Any]]) -> Table:
     """One row per step of each chain: `chain_id step role`."""
     rows = []
     for chain in chains:
@@ -51,11 +51,11 @@ def steps_of(chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
         for step in range(len(chain["steps"])):
             role = "all steps" if true is None else "true step" if step == true else "other steps"
             rows.append({"chain_id": chain["chain_id"], "step": step, "role": role})
-    frame = pd.DataFrame(rows, columns=["chain_id", "step", "role"])
+    frame: Table = pd.DataFrame(rows, columns=["chain_id", "step", "role"])
     return frame.astype({"step": "Int64"})
 
 
-def select(records: pd.DataFrame, measure: str, metric: str, variant: str | None = None) -> pd.DataFrame:
+def select(records: Table, measure: str, metric: str, variant: str | None = None) -> Table:
     """The records of one measure and metric (and variant)."""
     keep = (records["measure"] == measure) & (records["metric"] == metric)
     if variant is not None:
@@ -73,7 +73,7 @@ def band(values: Float[np.ndarray, "problem"], draws: int = BAND_DRAWS) -> tuple
     return float(low), float(high)
 
 
-def curves(records: pd.DataFrame, chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def curves(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
     """Share of unchanged answers over the fraction of the chain kept.
 
     Returns `reader measure x value low high n`. Chains of unequal length are interpolated to a common grid of
@@ -96,7 +96,7 @@ def _fraction_grid(lengths: set[int]) -> Float[np.ndarray, "x"]:
     return np.arange(n + 1) / n
 
 
-def _curve(records: pd.DataFrame, lengths: dict[str, int], grid: Float[np.ndarray, "x"]) -> Float[np.ndarray, "x"]:
+def _curve(records: Table, lengths: dict[str, int], grid: Float[np.ndarray, "x"]) -> Float[np.ndarray, "x"]:
     """One problem's curve at `grid`: mean over its chains; NaN outside the fractions that were measured."""
     rows = []
     for chain, one in records.groupby("chain_id"):
@@ -120,7 +120,7 @@ def _curve_rows(
     return rows
 
 
-def patches(records: pd.DataFrame) -> pd.DataFrame:
+def patches(records: Table) -> Table:
     """Patching cells as effects: `reader problem_id chain_id variant site layer step effect gap`.
 
     effect = logit difference of the edited run minus that of the base run (logits); gap = source minus base, so
@@ -137,7 +137,7 @@ def patches(records: pd.DataFrame) -> pd.DataFrame:
     return cells.drop(columns=["value", "logit_diff_base", "logit_diff_source"])
 
 
-def aligned_patches(records: pd.DataFrame, chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def aligned_patches(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
     """Mean patching effect by role of the step: `reader variant role layer site effect recovered n`."""
     cells = patches(records).merge(steps_of(chains), on=["chain_id", "step"])
     keys = ["reader", "variant", "role", "layer", "site"]
@@ -149,7 +149,7 @@ def aligned_patches(records: pd.DataFrame, chains: Sequence[dict[str, Any]]) -> 
     return table.drop(columns="gap")
 
 
-def conflict(records: pd.DataFrame) -> pd.DataFrame:
+def conflict(records: Table) -> Table:
     """Mean probability of each party's answer: `reader variant p_chain p_question p_other n`."""
     found = records[(records["measure"] == "conflict") & records["metric"].isin(["p_chain", "p_question", "p_other"])]
     of_problem = found.groupby(["reader", "variant", "problem_id", "metric"])["value"].mean().unstack("metric")
@@ -158,15 +158,15 @@ def conflict(records: pd.DataFrame) -> pd.DataFrame:
     return grouped.mean().assign(n=grouped.size()).reset_index()
 
 
-def knockout(records: pd.DataFrame, chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def knockout(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
     """Probability lost by the answer: `reader role problem_id value`; the role `random` is the control."""
     masked = select(records, "knockout", "delta_p", "masked").merge(steps_of(chains), on=["chain_id", "step"])
     control = select(records, "knockout", "delta_p", "masked_random").assign(role="random")
-    both = pd.concat([masked, control], ignore_index=True)
+    both: Table = pd.concat([masked, control], ignore_index=True)
     return both.groupby(["reader", "role", "problem_id"], as_index=False)["value"].mean()
 
 
-def attribution(records: pd.DataFrame, chains: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def attribution(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
     """Mean direct logit contribution of each head from the true step: `reader layer head value n`."""
     found = select(records, "attribution", "contribution", "direct").dropna(subset=["step", "layer", "head"])
     found = found.merge(steps_of(chains), on=["chain_id", "step"])
@@ -177,7 +177,7 @@ def attribution(records: pd.DataFrame, chains: Sequence[dict[str, Any]]) -> pd.D
     )
 
 
-def step_effects(records: pd.DataFrame) -> pd.DataFrame:
+def step_effects(records: Table) -> Table:
     """Every measured effect of every single step: `effect reader problem_id chain_id step value` (keys of EFFECTS).
 
     The patch is the denoising one (noising where no other exists) at the middle of the recorded layers; the direct
@@ -198,7 +198,7 @@ def step_effects(records: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
-def _middle_patch(cells: pd.DataFrame, keys: list[str]) -> pd.Series:
+def _middle_patch(cells: Table, keys: list[str]) -> Table:
     if cells.empty:
         return pd.Series(dtype=float)
     variant = "denoise" if (cells["variant"] == "denoise").any() else cells["variant"].iloc[0]
@@ -206,7 +206,7 @@ def _middle_patch(cells: pd.DataFrame, keys: list[str]) -> pd.Series:
     return cells.groupby(keys)["effect"].mean()
 
 
-def bridge(records: pd.DataFrame) -> pd.DataFrame:
+def bridge(records: Table) -> Table:
     """Behaviour against mechanism per step: `reader problem_id chain_id step mistake knockout`."""
     effects = step_effects(records)
     keys = ["reader", "problem_id", "chain_id", "step"]
@@ -216,27 +216,27 @@ def bridge(records: pd.DataFrame) -> pd.DataFrame:
     return wide[[*keys, "mistake", "knockout"]].dropna()
 
 
-def disagreements(manifest: dict[str, Any]) -> pd.DataFrame:
+def disagreements(manifest: dict[str, Any]) -> Table:
     """The chains that bridge.py found to disagree, kept in the manifest; knockout first, then the largest behaviour."""
-    table = pd.DataFrame(manifest.get("disagreements") or [], columns=list(DISAGREEMENT))
+    table: Table = pd.DataFrame(manifest.get("disagreements") or [], columns=list(DISAGREEMENT))
     order = table.assign(other=table["mechanism"] != "knockout")
     return order.sort_values(["other", "behaviour"], ascending=[True, False], ignore_index=True)[list(DISAGREEMENT)]
 
 
-def readers_of(config: dict[str, Any], records: pd.DataFrame) -> list[str]:
+def readers_of(config: dict[str, Any], records: Table) -> list[str]:
     """Readers with records, in the config's order (the first is the one the others are compared with)."""
     named = [reader["name"] if isinstance(reader, dict) else str(reader) for reader in config.get("readers") or []]
     found = set(records["reader"])
     return [name for name in named if name in found] + sorted(found - set(named))
 
 
-def present(readers: Sequence[str], table: pd.DataFrame) -> list[str]:
+def present(readers: Sequence[str], table: Table) -> list[str]:
     """The readers that `table` has rows of, in their order."""
     found = set(table["reader"])
     return [reader for reader in readers if reader in found]
 
 
-def differences(readers: Sequence[str], table: pd.DataFrame) -> list[tuple[str, str]]:
+def differences(readers: Sequence[str], table: Table) -> list[tuple[str, str]]:
     """Every other reader of `table` against the first of all, the untuned one: [(B, A), (C, A)]."""
     found = present(readers, table)
     return [(reader, readers[0]) for reader in found if readers[0] in found and reader != readers[0]]

@@ -148,5 +148,8 @@ def test_every_gsm8k_gold_is_readable_and_stated_by_its_last_step():
     rows = [json.loads(line) for line in (DATA / "gsm8k_test_a.jsonl").read_text(encoding="utf-8").splitlines()]
     golds = [row["answer"].rpartition("#### ")[2] for row in rows]
     assert all(normalise(gold, "number") == str(int(gold.replace(",", ""))) for gold in golds)
-    stated = [states_answer(row["answer"].partition("\n####")[0].splitlines()[-1], gold, "number") for row, gold in zip(rows, golds, strict=True)]
+    stated = [
+        states_answer(row["answer"].partition("\n####")[0].splitlines()[-1], gold, "number")
+        for row, gold in zip(rows, golds, strict=True)
+    ]
     assert sum(stated) / len(stated) > 0.95

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ def published(name):
     if not DATA.is_dir():
         pytest.skip(f"the public data sets are not at {DATA}")
     return str(DATA / name)
+
+
+@cache
+def published_problems(name):
+    return read_problems(published(name))
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ def reason(written, row):
     ],
 )
 def test_every_published_row_is_a_problem_or_an_exclusion(name, n_problems, n_left_out, kind):
-    problems, left_out = read_problems(published(name))
+    problems, left_out = published_problems(name)
     assert (len(problems), len(left_out)) == (n_problems, n_left_out)
     assert {problem.kind for problem in problems} == {kind}
     assert len({problem.problem_id for problem in problems}) == n_problems
@@ -70,7 +76,7 @@ def test_every_published_row_is_a_problem_or_an_exclusion(name, n_problems, n_le
 
 @pytest.mark.data
 def test_gsm8k_by_hand():
-    problems, _ = read_problems(published("gsm8k_train.jsonl"))
+    problems, _ = published_problems("gsm8k_train.jsonl")
     clips = problems[0]
     assert clips.question.startswith("Natalia sold clips to 48 of her friends")
     assert clips.steps == (
@@ -86,7 +92,7 @@ def test_gsm8k_by_hand():
 def test_gsm8k_chain_is_the_answer_field_without_annotations():
     """Oracle: taking annotations out bracket by bracket gives the same text as the steps joined."""
     rows = [json.loads(line) for line in Path(published("gsm8k_test_a.jsonl")).read_text(encoding="utf-8").splitlines()]
-    problems, _ = read_problems(published("gsm8k_test_a.jsonl"))
+    problems, _ = published_problems("gsm8k_test_a.jsonl")
     for row, problem in zip(rows, problems, strict=True):
         pieces = row["answer"].split("####")[0].strip().split("<<")
         assert "".join(problem.steps) == "".join([pieces[0], *(piece.split(">>", 1)[1] for piece in pieces[1:])])
@@ -94,7 +100,7 @@ def test_gsm8k_chain_is_the_answer_field_without_annotations():
 
 @pytest.mark.data
 def test_model_solutions_keep_the_models_chain_and_the_publishers_gold():
-    problems, left_out = read_problems(published("gsm8k_model_solutions_6b.jsonl"))
+    problems, left_out = published_problems("gsm8k_model_solutions_6b.jsonl")
     ducks = problems[0]
     assert ducks.gold == "18"
     assert ducks.steps[-1] == "\nShe has 13 ducks eggs and she sells 2 each day so she makes 13 * 2 = $26"
@@ -105,7 +111,7 @@ def test_model_solutions_keep_the_models_chain_and_the_publishers_gold():
 
 @pytest.mark.data
 def test_aqua_by_hand():
-    problems, left_out = read_problems(published("aqua_dev.jsonl"))
+    problems, left_out = published_problems("aqua_dev.jsonl")
     ship = problems[1]
     assert ship.choices == ("100 m", "150 m", "200 m", "250 m", "300 m")
     assert ship.gold == "D"
@@ -116,7 +122,7 @@ def test_aqua_by_hand():
 
 @pytest.mark.data
 def test_pubmedqa_by_hand():
-    problems, _ = read_problems(published("pubmedqa_a.json"))
+    problems, _ = published_problems("pubmedqa_a.json")
     golds = [problem.gold for problem in problems]
     assert [golds.count(label) for label in "ABC"] == [265, 172, 63]
     flight = next(problem for problem in problems if problem.problem_id.endswith("-10135926"))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from fake_run import LAYERS, N_STEPS, READERS, write_fake_run
 
 from cotfaith_mech import figures, views
 from cotfaith_mech.records import COLUMNS, RunDirectory
+
+from .fake_run import LAYERS, N_STEPS, READERS, write_fake_run
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +105,16 @@ def test_a_reader_with_a_hyphen_is_no_difference() -> None:
     assert views.tuned_reader("Llama-8B-ft-Llama-8B", ["Llama-8B", "Llama-8B-ft"]) == "Llama-8B-ft"
 
 
-def test_every_figure_is_written_as_png_and_pdf_even_with_hostile_text(tmp_path: Path) -> None:
+def test_every_figure_is_written_as_png_and_pdf_even_with_hostile_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 60)
     run = write_fake_run(tmp_path / "run", hostile=" $x_{$ \\frac <b>漢😀\u0007</b> %d")
     names = {path.name for path in figures.draw_figures(run)}
     stems = ["curves", "patching_denoise", "patching_noise", "forest", "conflict", "bridge", "knockout", "attribution"]
     stems += [f"patching_chain_{problem}" for problem in ("p03", "p01", "p00")]
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
-    assert all((run.figures / name).stat().st_size > 4000 for name in names)
+    assert all((run.figures / name).stat().st_size > 2000 for name in names)
     assert (run.figures / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -122,7 +127,8 @@ def test_a_run_without_mechanism_draws_only_what_it_has(tmp_path: Path) -> None:
 def test_maps_share_limits_symmetric_around_zero(run: RunDirectory) -> None:
     cells = views.aligned_patches(run.read_records(), run.read_chains())
     cells = cells[cells["variant"] == "denoise"]
-    figure = figures.patching_figure(cells, list(READERS))
+    with matplotlib.rc_context(figures.STYLE):
+        figure = figures.patching_figure(cells, list(READERS))
     maps = [
         axis.collections[0]
         for axis in figure.axes
@@ -141,7 +147,9 @@ def test_maps_share_limits_symmetric_around_zero(run: RunDirectory) -> None:
 def test_a_reader_without_mechanism_leaves_no_empty_map(run: RunDirectory) -> None:
     cells = views.aligned_patches(run.read_records(), run.read_chains())
     cells = cells[(cells["variant"] == "denoise") & (cells["reader"] != "C")]
-    titles = [axis.get_title(loc="left") for axis in figures.patching_figure(cells, list(READERS)).axes]
+    with matplotlib.rc_context(figures.STYLE):
+        axes = figures.patching_figure(cells, list(READERS)).axes
+    titles = [axis.get_title(loc="left") for axis in axes if axis.get_visible()]
     assert [title for title in titles if title] == ["reader A", "reader B", "B − A"]
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import N_PROBLEMS, N_STEPS, READERS, write_fake_run
 
 from cotfaith_mech.records import RunDirectory
 from cotfaith_mech.report import build_report
 from cotfaith_mech.report import charts as report_charts
 from cotfaith_mech.report.build import number, p_value
+
+from .fake_run import N_PROBLEMS, N_STEPS, READERS, write_fake_run
 
 HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script>{{7*7}}{% raw %}<!--\u2028]]>&amp;\"'"
 

@@ -21,7 +21,7 @@ from .text import TextSide
 from .transformer_lens import structural_clone
 from .weights import Weights
 
-_ORDER = ("knockout", "resid_pre", "q", "k", "v", "z", "attn_out", "pattern", "resid_mid", "mlp_out", "resid_post")
+_ORDER = ("knockout", "resid_pre", "q", "k", "v", "z", "pattern", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
 class NnsightModel(TextSide):

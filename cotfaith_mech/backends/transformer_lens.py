@@ -27,6 +27,13 @@ def structural_clone(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
+def _tokenizer_as_is(weights: Weights) -> Any:
+    """A copy that the bridge takes as it is: it would otherwise load the tokenizer again by name, from the hub."""
+    tokenizer = copy.deepcopy(weights.tokenizer)
+    tokenizer.init_kwargs |= {"name_or_path": weights.name, "add_bos_token": True}
+    return tokenizer
+
+
 class TransformerLensModel(TextSide):
     """Plain forwards of the bridge with TransformerLens hooks; its counterfactuals take the plain path."""
 
@@ -37,7 +44,7 @@ class TransformerLensModel(TextSide):
         self.bridge: Any = TransformerBridge.boot_transformers(
             weights.name,
             hf_model=structural_clone(weights.model),
-            tokenizer=weights.tokenizer,
+            tokenizer=_tokenizer_as_is(weights),
             dtype=next(weights.model.parameters()).dtype,
             device=self.info.device,
         )

@@ -24,7 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import views
-from ..compare import holm_p
+from ..compare import Table, holm_p
 from ..records import RunDirectory
 from ..stats import Estimate
 from . import charts
@@ -154,9 +154,7 @@ def _reader_rows(readers: list[str], config: dict[str, Any], manifest: dict[str,
     return rows
 
 
-def _sections(
-    records: pd.DataFrame, chains: list[dict[str, Any]], readers: list[str], apart: pd.DataFrame
-) -> dict[str, Any]:
+def _sections(records: Table, chains: list[dict[str, Any]], readers: list[str], apart: Table) -> dict[str, Any]:
     """The charts of each section; an empty list where the run has no such records."""
     cells = views.aligned_patches(records, chains)
     triple, losses = views.conflict(records), views.knockout(records, chains)
@@ -203,7 +201,7 @@ def _estimate_groups(estimates: list[Estimate]) -> dict[str, list[Estimate]]:
     return groups
 
 
-def _effect_scales(records: pd.DataFrame) -> list[dict[str, Any]]:
+def _effect_scales(records: Table) -> list[dict[str, Any]]:
     effects = views.step_effects(records)
     scales = []
     for effect in views.EFFECTS:
@@ -214,7 +212,7 @@ def _effect_scales(records: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _chain_views(
-    run: RunDirectory, records: pd.DataFrame, chains: list[dict[str, Any]], readers: list[str]
+    run: RunDirectory, records: Table, chains: list[dict[str, Any]], readers: list[str]
 ) -> list[dict[str, Any]]:
     """What the chain view shows of each chain: texts, answers, step effects, its own maps, the edited texts."""
     effects, cells, metas = views.step_effects(records), views.patches(records), run.read_unit_meta()
@@ -231,7 +229,7 @@ def _chain_views(
     return rows
 
 
-def _effects_of(effects: pd.DataFrame, n_steps: int) -> dict[str, dict[str, list[float | None]]]:
+def _effects_of(effects: Table, n_steps: int) -> dict[str, dict[str, list[float | None]]]:
     """`{effect: {reader: [value of each step]}}`."""
     found: dict[str, dict[str, list[float | None]]] = {}
     for (effect, reader), one in effects.groupby(["effect", "reader"]):

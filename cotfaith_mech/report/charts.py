@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .. import views
+from ..compare import Table
 from ..figures import CONFLICT_COLOURS, CONFLICT_LABELS, CURVE_LABELS, CURVE_Y, READER_COLOURS
 from ..stats import Estimate
 
@@ -46,7 +47,7 @@ def _chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -
     return {"title": title, "height": height, "data": data, "layout": layout}
 
 
-def curve_charts(curves: pd.DataFrame, readers: Sequence[str]) -> list[dict[str, Any]]:
+def curve_charts(curves: Table, readers: Sequence[str]) -> list[dict[str, Any]]:
     """One chart a test: a line and a band per reader."""
     charts = []
     for measure in views.CURVES:
@@ -63,7 +64,7 @@ def curve_charts(curves: pd.DataFrame, readers: Sequence[str]) -> list[dict[str,
     return charts
 
 
-def _line_with_band(one: pd.DataFrame, name: str, shade: str, symbol: str) -> list[dict[str, Any]]:
+def _line_with_band(one: Table, name: str, shade: str, symbol: str) -> list[dict[str, Any]]:
     x = numbers(one["x"])
     hidden = {
         "x": x,
@@ -90,7 +91,7 @@ def _line_with_band(one: pd.DataFrame, name: str, shade: str, symbol: str) -> li
     return [low, high, line]
 
 
-def conflict_chart(triple: pd.DataFrame, readers: Sequence[str]) -> dict[str, Any]:
+def conflict_chart(triple: Table, readers: Sequence[str]) -> dict[str, Any]:
     """Stacked bars: whose answer is given, a bar per record variant and reader."""
     rows = triple.assign(order=triple["reader"].map(list(readers).index)).sort_values(["variant", "order"])
     variants = [label(variant.replace("_", " "), 14) for variant in rows["variant"]]
@@ -199,7 +200,7 @@ def limit_of(values: Iterable[float]) -> float:
     return max(finite, default=0.0) or 1.0
 
 
-def patching_charts(cells: pd.DataFrame, readers: Sequence[str]) -> dict[str, Any]:
+def patching_charts(cells: Table, readers: Sequence[str]) -> dict[str, Any]:
     """Maps of layer x role of the step for one variant: readers, then differences to the first; and the limit."""
     roles = [role for role in views.ROLES if (cells["role"] == role).any()]
     layers = sorted(cells["layer"].unique())
@@ -230,7 +231,7 @@ def patching_charts(cells: pd.DataFrame, readers: Sequence[str]) -> dict[str, An
     return {"charts": charts, "limit": limit}
 
 
-def chain_charts(cells: pd.DataFrame, chain: dict[str, Any], readers: Sequence[str]) -> dict[str, Any]:
+def chain_charts(cells: Table, chain: dict[str, Any], readers: Sequence[str]) -> dict[str, Any]:
     """Maps of layer x step of one chain and variant, one a reader, and the limit; hover shows site and step text."""
     layers = sorted(cells["layer"].unique())
     sites = cells.groupby("layer")["site"].first()
@@ -251,7 +252,7 @@ def chain_charts(cells: pd.DataFrame, chain: dict[str, Any], readers: Sequence[s
     return {"charts": charts, "limit": limit}
 
 
-def knockout_chart(losses: pd.DataFrame, readers: Sequence[str]) -> dict[str, Any]:
+def knockout_chart(losses: Table, readers: Sequence[str]) -> dict[str, Any]:
     """Boxes with every problem as a point, grouped by the role of the step."""
     order = [role for role in (*views.ROLES, "random") if (losses["role"] == role).any()]
     data = []
@@ -280,7 +281,7 @@ def knockout_chart(losses: pd.DataFrame, readers: Sequence[str]) -> dict[str, An
     return _chart("", data, 360, boxmode="group", xaxis=x, yaxis=y)
 
 
-def attribution_charts(heads: pd.DataFrame, readers: Sequence[str]) -> dict[str, Any]:
+def attribution_charts(heads: Table, readers: Sequence[str]) -> dict[str, Any]:
     """Maps of layer x head, one a reader, and the limit."""
     layers, columns = sorted(heads["layer"].unique()), sorted(heads["head"].unique())
     limit = limit_of(heads["value"])
@@ -299,7 +300,7 @@ def attribution_charts(heads: pd.DataFrame, readers: Sequence[str]) -> dict[str,
     return {"charts": charts, "limit": limit}
 
 
-def bridge_chart(points: pd.DataFrame, disagreements: pd.DataFrame, readers: Sequence[str]) -> dict[str, Any]:
+def bridge_chart(points: Table, disagreements: Table, readers: Sequence[str]) -> dict[str, Any]:
     """Behaviour against mechanism, one point a step; steps of disagreeing chains carry a dark ring."""
     apart = set(zip(disagreements["reader"], disagreements["chain_id"], strict=True))
     data = []
@@ -318,6 +319,6 @@ def bridge_chart(points: pd.DataFrame, disagreements: pd.DataFrame, readers: Seq
         hover = "%{text}<br>mistake %{x:.2f}, knockout %{y:.2f}<extra>" + label(reader) + "</extra>"
         links = [str(chain) for chain in one["chain_id"]]
         data.append({**trace, "marker": marker, "text": names, "customdata": links, "hovertemplate": hover})
-    x = {"title": {"text": "behaviour: mistake in the step (total variation)"}}
+    x = {"title": {"text": "behaviour: mistake in the step<br>(total variation)"}}
     y = {"title": {"text": "mechanism: knockout (probability lost)"}}
     return _chart("", data, 420, xaxis=x, yaxis=y)
