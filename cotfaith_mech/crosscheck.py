@@ -58,7 +58,10 @@ def check_engines(model: Model, samples: list[Sample]) -> list[dict[str, object]
         other = same_weights(model, backend)
         worst, n_cells = 0.0, 0
         for sample in samples:
-            read = {"n_logits": sample.contrast.n_logits, "reduce": lambda logits, c=sample.contrast: c.reduce(logits)[:, :2]}
+            read = {
+                "n_logits": sample.contrast.n_logits,
+                "reduce": lambda logits, c=sample.contrast: c.reduce(logits)[:, :2],
+            }
             ours = sample.trunk.run.edited(sample.cells, **read)
             theirs = PlainRun(other, sample.trunk.run.tokens).edited(sample.cells, **read)
             worst = max(worst, float((ours - theirs).abs().max()))

@@ -287,7 +287,7 @@ def conflict_figure(triple: Table, readers: list[str]) -> Figure:
             width = one[metric].to_numpy(float)
             axis.barh(range(len(readers)), width, left=left, color=colour, height=0.7, label=CONFLICT_LABELS[metric])
             for y, (start, size) in enumerate(zip(left, width, strict=True)):
-                if size >= 0.12:
+                if size >= 0.15:
                     axis.text(start + size / 2, y, f"{size:.2f}", ha="center", va="center", fontsize=7)
             left = left + np.nan_to_num(width)
         axis.set(title=drawable(variant).replace("_", " "), xlim=(0, 1), xlabel="probability")

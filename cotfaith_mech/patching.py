@@ -158,9 +158,7 @@ def _unedited(run: CachedRun, trunk: Trunk, contrast: AnswerContrast) -> list[fl
     return contrast.reduce(logits)[0].tolist()
 
 
-def _patch_controls(
-    measured: Measured, trunk: Trunk, contrast: AnswerContrast, own: Any, twin: Any, seed: int
-) -> None:
+def _patch_controls(measured: Measured, trunk: Trunk, contrast: AnswerContrast, own: Any, twin: Any, seed: int) -> None:
     """Self-patch against a null edit of the same shapes, and norm-matched random directions, at the middle layer."""
     middle = sorted(own, key=lambda site: site.layer)[len(own) // 2]
     generator = torch.Generator().manual_seed(seed)
@@ -177,7 +175,9 @@ def _patch_controls(
     run, read = trunk.run, {"n_logits": contrast.n_logits, "reduce": contrast.reduce}
     reference = run.edited(null, **read)
     self_patch = (run.edited(same, **read) - reference).abs().amax()
-    measured.add("control", "self_patch", {"max_abs_diff": float(self_patch)}, len(trunk.run.tokens), layer=middle.layer)
+    measured.add(
+        "control", "self_patch", {"max_abs_diff": float(self_patch)}, len(trunk.run.tokens), layer=middle.layer
+    )
     effects = reference[:, 1] - run.edited(noise, **read)[:, 1]
     for step, effect in enumerate(effects.tolist()):
         where = {"site": str(middle), "layer": middle.layer, "step": step, "seed": seed}
@@ -211,4 +211,3 @@ def measure_knockout(trunk: Trunk, reader: str, plan: PatchPlan, *, seed: int = 
         }
         measured.add("knockout", variant, values, len(trunk.run.tokens), step=step, seed=draw)
     return measured
-

@@ -87,9 +87,7 @@ class Trunk:
         logp = logits.log_softmax(-1)
         target = torch.tensor(ids, device=logits.device)
         best = logits.argmax(-1).tolist()
-        greedy = best[:-1] == list(ids) and not (
-            self.kind == "number" and self.model.decode(best[-1:])[:1].isdigit()
-        )
+        greedy = best[:-1] == list(ids) and not (self.kind == "number" and self.model.decode(best[-1:])[:1].isdigit())
         visible = next((i for i, token in enumerate(ids) if self.model.decode([token]).strip()), 0)
         total = logp[:-1].gather(1, target[:, None]).sum()
         return torch.stack([total, torch.tensor(float(greedy), device=total.device), _entropy(logp[visible])])
@@ -106,7 +104,9 @@ class Trunk:
         rows = self.run.branches(branches, reduce=reduce)
         return [
             [
-                Reading(float(row[w]), int(row[:-1].argmax()) == w, float(_entropy(row[:-1])), len(b.tokens), float(row[-1]))
+                Reading(
+                    float(row[w]), int(row[:-1].argmax()) == w, float(_entropy(row[:-1])), len(b.tokens), float(row[-1])
+                )
                 for w in wanted
             ]
             for row, b in zip(rows, branches, strict=True)
@@ -132,7 +132,9 @@ def label_tokens(model: Model, chain: Chain, labels: Sequence[str]) -> tuple[int
     return tuple(tokens)
 
 
-def own_answer(model: Model, chain: Chain, kind: AnswerKind, labels: Sequence[str] = (), max_new_tokens: int = 12) -> str:
+def own_answer(
+    model: Model, chain: Chain, kind: AnswerKind, labels: Sequence[str] = (), max_new_tokens: int = 12
+) -> str:
     """The reader's greedy answer after the complete chain, as text after the cue; CotfaithError when there is none."""
     prompt = chain.with_answer("").text
     if kind == "choice":

@@ -116,7 +116,11 @@ def run_study(config: StudyConfig, out: str | Path, progress: Progress = lambda 
         started = time.perf_counter()
         manifest["models"][reader.name] = _run_reader(config, reader, problems, run, manifest["checks"], progress)
         manifest["timings"][reader.name] = round(time.perf_counter() - started, 1)
-    manifest |= {"seeds": {"study": config.seed}, "device": platform.processor() or platform.machine(), "dtype": config.dtype}
+    manifest |= {
+        "seeds": {"study": config.seed},
+        "device": platform.processor() or platform.machine(),
+        "dtype": config.dtype,
+    }
     run.write_manifest(manifest)
     conclude(run)
     return run
@@ -131,7 +135,9 @@ def conclude(run: RunDirectory) -> Path:
     estimates = estimates_of(records, chains, names, config.primary, np.random.default_rng(config.seed))
     bridges, disagreements = bridge(records, chains, names, np.random.default_rng(config.seed + 1))
     run.write_estimates([*estimates, *bridges])
-    manifest["checks"] = [c for c in manifest["checks"] if not c["check"].startswith("records/")] + _record_checks(records)
+    manifest["checks"] = [c for c in manifest["checks"] if not c["check"].startswith("records/")] + _record_checks(
+        records
+    )
     manifest["counts"] = {
         "problems": int(records.problem_id.nunique()),
         "units": len(run.read_unit_meta()),
@@ -250,7 +256,9 @@ def _chains(
                     reason="the problem comes without a chain; use chains: generate",
                 )
     if missing:
-        run.write_chains(_chain_row(problem, chains[problem.problem_id]) for problem in problems if problem.problem_id in chains)
+        run.write_chains(
+            _chain_row(problem, chains[problem.problem_id]) for problem in problems if problem.problem_id in chains
+        )
     return chains
 
 

@@ -53,7 +53,7 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("A", "chain", "every second question", None, SEEDS["A"], 1, steps=100),
+    Recipe("A", "chain", "every second question", None, SEEDS["A"], 1, steps=80),
     Recipe("B", "answer", "every question", "a", SEEDS["B and C"], 2, steps=80),
     Recipe("C", "chain", "every question", "a", SEEDS["B and C"], 2, steps=80),
 )

@@ -25,7 +25,25 @@ ORDER = [
     "cli",
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
-NO_TORCH = "errors problems chains sites metrics stats answers arithmetic paraphrase records edits datasets_io compare bridge views figures report".split()
+NO_TORCH = [
+    "errors",
+    "problems",
+    "chains",
+    "sites",
+    "metrics",
+    "stats",
+    "answers",
+    "arithmetic",
+    "paraphrase",
+    "records",
+    "edits",
+    "datasets_io",
+    "compare",
+    "bridge",
+    "views",
+    "figures",
+    "report",
+]
 LIBRARIES = {"transformers", "transformer_lens", "nnsight", "peft"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

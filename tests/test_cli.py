@@ -37,7 +37,17 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[tuple[str, ...], str]]:
     }
 
 
-@pytest.mark.parametrize("case", ["unknown model", "reader without a name", "one reader to compare", "malformed JSONL", "no such run", "no such study"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "unknown model",
+        "reader without a name",
+        "one reader to compare",
+        "malformed JSONL",
+        "no such run",
+        "no such study",
+    ],
+)
 def test_bad_input_is_one_sentence(case: str, tmp_path: Path) -> None:
     arguments, named = bad_inputs(tmp_path)[case]
     out = ("--out", str(tmp_path / "run")) if arguments[0] not in ("report",) else ()

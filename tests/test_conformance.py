@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.model import Branch, PlainRun, same_weights
-from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.sites import ActivationEdit, Site
 
 from .tiny import ARCHITECTURES, tiny
@@ -22,7 +22,7 @@ N_TOKENS = 19
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@lru_cache(maxsize=None)
+@cache
 def model(architecture: str, backend: str = "huggingface") -> Any:
     ours = HuggingFaceModel(tiny(architecture)) if backend == "huggingface" else None
     return ours or same_weights(model(architecture), backend)  # pyright: ignore[reportArgumentType]

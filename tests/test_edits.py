@@ -105,6 +105,11 @@ def test_filler_whose_repeats_cannot_match_comes_as_near_as_they_allow():
     assert filled.steps == ("1234567",)  # 7 characters or 15, wanted 10
 
 
+def test_a_filler_step_makes_up_for_what_the_one_before_missed():
+    chain = replace(CHAIN, steps=("abcdefghij", "klmnopqrst", "uvwxyz"), cue="", answer="")
+    assert edits.filler(chain, 0, len, " 1234567").steps[:2] == ("1234567", "1234567 1234567")  # 7 of 10, then 15 of 13
+
+
 def test_blank_filler_is_an_error():
     with pytest.raises(CotfaithError, match="visible character"):
         edits.filler(CHAIN, 0, len, "  ")

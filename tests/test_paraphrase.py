@@ -167,8 +167,8 @@ def test_any_text_keeps_its_numbers_and_case_marked_names(step, seed):
 @pytest.mark.data
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the public data sets in ../shared/data")
 def test_nearly_every_gsm8k_step_has_five_valid_paraphrases():
-    rows = [json.loads(line) for line in (DATA / "gsm8k_test_a.jsonl").read_text(encoding="utf-8").splitlines()[:20]]
+    rows = [json.loads(line) for line in (DATA / "gsm8k_test_a.jsonl").read_text(encoding="utf-8").splitlines()[:12]]
     steps = [s for row in rows for s in segment(re.sub(r"<<.*?>>", "", row["answer"].partition("\n####")[0]))]
-    n_draws = [len(draws(step, 10)) for step in steps]
+    n_draws = [len(draws(step, 20)) for step in steps]
     assert np.mean([n > 0 for n in n_draws]) > 0.95
     assert np.mean([n >= 5 for n in n_draws]) > 0.9

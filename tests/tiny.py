@@ -37,7 +37,9 @@ def tokenizer() -> Any:
         show_progress=False,
     )
     raw.train_from_iterator(SENTENCES, trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>"
+    )
     fast.chat_template = TEMPLATE
     return fast
 
@@ -62,7 +64,9 @@ def tiny(architecture: str, seed: int = 0) -> Weights:
     if architecture == "mistral":
         model = transformers.MistralForCausalLM(transformers.MistralConfig(**shape, sliding_window=7))
     elif architecture == "qwen2":
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{k: v for k, v in shape.items() if k != "head_dim"}))
+        model = transformers.Qwen2ForCausalLM(
+            transformers.Qwen2Config(**{k: v for k, v in shape.items() if k != "head_dim"})
+        )
     elif architecture == "gemma2":
         config = transformers.Gemma2Config(
             **shape, sliding_window=7, query_pre_attn_scalar=8, attn_logit_softcapping=20.0, final_logit_softcapping=9.0

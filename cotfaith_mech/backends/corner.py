@@ -156,9 +156,7 @@ class CornerRun:
     ) -> Float[Tensor, "cell read vocab"]:
         order = sorted(range(len(cells)), key=lambda i: layers[i])
         row_of = {cell: row for row, cell in enumerate(order)}
-        edits = [
-            RowEdit(edit, slice(row_of[i], row_of[i] + 1), start) for i, cell in enumerate(cells) for edit in cell
-        ]
+        edits = [RowEdit(edit, slice(row_of[i], row_of[i] + 1), start) for i, cell in enumerate(cells) for edit in cell]
         joins = Counter(layers)
         with (
             self._joining(joins, start),

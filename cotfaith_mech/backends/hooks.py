@@ -25,7 +25,7 @@ class LayerModules:
     """The modules of one decoder layer at whose input or output the sites lie."""
 
     layer: nn.Module
-    attention: nn.Module
+    attention: Any
     attn_out: nn.Module
     mid_norm: nn.Module
     mlp_out: nn.Module
@@ -38,7 +38,7 @@ class Layout:
     decoder: nn.Module
     layers: tuple[LayerModules, ...]
     norm: nn.Module
-    unembed: nn.Module
+    unembed: Any
 
     @classmethod
     def of(cls, model: Any) -> Layout:

@@ -55,7 +55,7 @@ class NnsightModel(TextSide):
         work = _in_order(edits, read)
         try:
             with self._traced.trace(tokens, use_cache=False, logits_to_keep=n_logits):
-                store: Any = dict().save()  # noqa: C408
+                store: Any = dict().save()  # noqa: C408  # pyright: ignore[reportAttributeAccessIssue]
                 for item in work:
                     self._do(item, store)
                 logits = self._traced.output.logits.save()

@@ -11,15 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..sites import ActivationEdit, Site
-from .nnsight import NnsightModel
-from .transformer_lens import TransformerLensModel
 
 LayerToken = Sequence[tuple[int, int]]
 Metric = Callable[[Float[Tensor, "batch pos vocab"]], Tensor]
 
 
 def transformer_lens_patch(
-    model: TransformerLensModel, base: Int[Tensor, "1 pos"], source: Int[Tensor, "1 pos"], metric: Metric
+    model: Any, base: Int[Tensor, "1 pos"], source: Int[Tensor, "1 pos"], metric: Metric
 ) -> Callable[[LayerToken], Float[Tensor, "cell"]]:
     """`generic_activation_patch` on resid_pre; the source is cached beforehand, outside the timing."""
     from transformer_lens.patching import generic_activation_patch, layer_pos_patch_setter
@@ -39,7 +37,7 @@ def transformer_lens_patch(
 
 
 def nnsight_patch(
-    model: NnsightModel, base: Int[Tensor, "1 pos"], source: dict[Site, Tensor], metric: Metric, invokes: int = 16
+    model: Any, base: Int[Tensor, "1 pos"], source: dict[Site, Tensor], metric: Metric, invokes: int = 16
 ) -> Callable[[LayerToken], Float[Tensor, "cell"]]:
     """Several invokes of one forward, `invokes` cells a batch."""
 

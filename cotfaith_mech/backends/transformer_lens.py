@@ -65,7 +65,9 @@ class TransformerLensModel(TextSide):
         hooks += [(_name(site), _reader(store, site)) for site in read]
         for name, _ in hooks:
             if name not in self.bridge.hook_dict:
-                raise CotfaithError(f"TransformerLens has no hook {name!r} on {self.info.architecture}; use huggingface.")
+                raise CotfaithError(
+                    f"TransformerLens has no hook {name!r} on {self.info.architecture}; use huggingface."
+                )
         logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", prepend_bos=False)
         silent = [str(edit) for edit in edits if str(edit) not in fired] + [str(s) for s in read if s not in store]
         if silent:

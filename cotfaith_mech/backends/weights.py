@@ -57,7 +57,7 @@ def load_weights(
         )
     config = transformers.AutoConfig.from_pretrained(folder, **options)
     attention = "eager" if config.model_type == "gemma2" else "sdpa"
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch_dtype, use_safetensors=True, attn_implementation=attention, **options
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
@@ -132,7 +132,7 @@ def _dequantise(package: Path, target: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
     config = transformers.LlamaConfig.from_dict(quantised.config.to_dict())
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     plain = transformers.LlamaForCausalLM(config)
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(target)
