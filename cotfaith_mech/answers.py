@@ -140,7 +140,7 @@ def _answer_value(text: str) -> Fraction | None:
 
 
 def _normalise_text(text: str) -> str | None:
-    words = re.sub(r"[^\w\s]", " ", unicodedata.normalize("NFKC", text).casefold()).split()
+    words = re.sub(r"[^\w\s]|_", " ", unicodedata.normalize("NFKC", text).casefold()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the")) or None
 
 

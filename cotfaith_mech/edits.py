@@ -62,27 +62,27 @@ def _checked(chain: Chain, keep: int) -> int:
     return keep
 
 
-def filler(chain: Chain, keep: int, count_tokens: Callable[[str], int], filler: str = " ...") -> Chain:
-    """Replace every step after the first `keep` by its leading whitespace and `filler` repeated to its token count.
+def filler(chain: Chain, keep: int, count_tokens: Callable[[str], int], text: str = " ...") -> Chain:
+    """Replace every step after the first `keep` by its leading whitespace and `text` repeated to its token count.
 
     Each step makes up for what the ones before it missed, and the last is fitted on the whole text, so that
     `count_tokens` of the edited text equals that of the original or comes as near as whole repeats allow; the
     difference is read off the two texts' counts (`n_tokens` of the records). Raises CotfaithError on a blank filler.
     """
-    if not filler.strip():
-        raise CotfaithError(f"The filler is {filler!r}; give one with a visible character, such as ' ...'.")
+    if not text.strip():
+        raise CotfaithError(f"The filler is {text!r}; give one with a visible character, such as ' ...'.")
     steps, owed = list(chain.steps), 0
     for i in range(_checked(chain, keep), len(steps)):
         n_tokens = count_tokens(steps[i])
         if i < len(steps) - 1:
-            steps[i] = _filled(steps[i], filler, count_tokens, n_tokens + owed, n_tokens + owed)
+            steps[i] = _filled(steps[i], text, count_tokens, n_tokens + owed, n_tokens + owed)
             owed += n_tokens - count_tokens(steps[i])
         else:
 
             def count(step: str) -> int:
                 return count_tokens(replace(chain, steps=(*steps[:-1], step)).text)
 
-            steps[i] = _filled(steps[i], filler, count, count_tokens(chain.text), 2 * (n_tokens + abs(owed)) + 8)
+            steps[i] = _filled(steps[i], text, count, count_tokens(chain.text), 2 * (n_tokens + abs(owed)) + 8)
     return replace(chain, steps=tuple(steps))
 
 
@@ -106,18 +106,18 @@ def _whitespace(step: str) -> tuple[str, str, str]:
     return lead, body, step[len(lead) + len(body) :]
 
 
-def paraphrase_from(chain: Chain, start: int, rng: np.random.Generator, paraphraser: Paraphraser) -> tuple[Chain, int]:
-    """Rephrase s_{start+1}..s_n; also how many of them stayed as they were for want of a valid paraphrase."""
-    drawn = [paraphraser(step, rng).text for step in chain.steps[_checked(chain, start) :]]
-    rephrased = [new or old for new, old in zip(drawn, chain.steps[start:], strict=True)]
-    return replace(chain, steps=(*chain.steps[:start], *rephrased)), sum(new is None for new in drawn)
+def paraphrase_from(chain: Chain, keep: int, rng: np.random.Generator, paraphraser: Paraphraser) -> tuple[Chain, int]:
+    """Rephrase s_{keep+1}..s_n; also how many of them stayed as they were for want of a valid paraphrase."""
+    drawn = [paraphraser(step, rng).text for step in chain.steps[_checked(chain, keep) :]]
+    rephrased = [new or old for new, old in zip(drawn, chain.steps[keep:], strict=True)]
+    return replace(chain, steps=(*chain.steps[:keep], *rephrased)), sum(new is None for new in drawn)
 
 
 def mistake(chain: Chain, step: int, rng: np.random.Generator, avoid: AbstractSet[str] = frozenset()) -> Mistake | None:
     """Alter one number or entity of step `step` (from 0); None where it holds nothing that can be altered.
 
     The new number has the old one's digit count and separators; it equals no number of the chain, the question or
-    `avoid` where one is free, and never the old one. Raises CotfaithError when the chain has no such step.
+    `avoid`; where none such is free, another number of the step is altered, or an entity. Raises CotfaithError when the chain has no such step.
     """
     if not 0 <= step < len(chain.steps):
         raise CotfaithError(
@@ -151,15 +151,10 @@ def mistake_all(chain: Chain, rng: np.random.Generator, avoid: AbstractSet[str] 
 
 def _altered_number(text: str, taken: AbstractSet[object], rng: np.random.Generator) -> _Span | None:
     for number in _by_preference(text):
-        colliding = None
         for _ in range(_DRAWS):
             new = _other_digits(number.text, rng)
-            value = numbers(new)[0].value
-            if value not in taken:
+            if numbers(new)[0].value not in taken:
                 return _Span(number.start, number.text, new)
-            colliding = new if value != abs(number.value) else colliding
-        if colliding is not None:
-            return _Span(number.start, number.text, colliding)
     return None
 
 

@@ -84,7 +84,7 @@ def test_equal_choices(a, b):
 
 @pytest.mark.parametrize(
     ("a", "b", "same"),
-    [("The Eiffel Tower!", "eiffel tower", True), ("yes.", "Yes, because", True), ("yes", "no", False), ("no one", "no", False), ("", "", False), ("ﬁve", "FIVE", True)],
+    [("The Eiffel Tower!", "eiffel tower", True), ("yes.", "Yes, because", True), ("yes", "no", False), ("no one", "no", False), ("", "", False), ("ﬁve", "FIVE", True), ("0_{", "0", True)],
 )  # fmt: skip
 def test_text_answers(a, b, same):
     assert same_answer(a, b, "text") is same

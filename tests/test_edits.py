@@ -161,7 +161,9 @@ def test_mistake_collides_with_no_number_of_the_chain_the_question_or_avoid():
     chain = replace(CHAIN, prompt="3 4 5 -6\n", steps=("1 + 1 = 2",), answer=" 7")
     assert {edits.mistake(chain, 0, rng(s), {"8"}).new for s in range(20)} == {"9"}
     full = replace(chain, prompt="3 4 5 6 8 9\n")
-    assert {edits.mistake(full, 0, rng(s)).new for s in range(60)} == set("13456789")
+    assert edits.mistake(full, 0, rng()) is None
+    assert edits.mistake(replace(full, steps=("10 is 1 + 1 = 2",)), 0, rng()).old == "10"
+    assert edits.mistake(replace(full, steps=("1 + 1 = 2, half of it",)), 0, rng()).old == "half"
 
 
 @given(step_lists, seeds)
