@@ -244,9 +244,11 @@ def _summary(run: Any, manifest: dict[str, Any]) -> None:
     console = Console()
     primary = manifest["config"]["primary"]
     rows = [e for e in run.read_estimates() if e.name.split(" | ")[0] in primary and e.name.endswith("both_correct")]
-    table = Table("outcome", "arm", "problems", "value", "95% interval", title="Primary outcomes")
-    for e in rows:
-        table.add_row(e.name, e.arm, str(e.n_problems), f"{e.value:.3f}", f"[{e.ci_low:.3f}, {e.ci_high:.3f}]")
+    arms = list(dict.fromkeys(e.arm for e in rows))
+    table = Table("outcome, items all get right", *arms, title="Primary outcomes [95% interval]")
+    for name in dict.fromkeys(e.name for e in rows):
+        cells = {e.arm: _cell(e) for e in rows if e.name == name}
+        table.add_row(name.split(" | ")[0], *(cells.get(arm, "") for arm in arms))
     if rows:
         console.print(table)
     for sentence in manifest.get("conclusion", []):
@@ -257,6 +259,11 @@ def _summary(run: Any, manifest: dict[str, Any]) -> None:
     counts = manifest["counts"]
     console.print(f"{counts['records']} records, {counts['exclusions']} exclusions, {len(manifest['checks'])} checks")
     console.print(f"Report: {run.path / 'report.html'}", soft_wrap=True)
+
+
+def _cell(estimate: Any) -> str:
+    """Value and interval on two lines."""
+    return f"{estimate.value:.2f}\n({estimate.ci_low:.2f}, {estimate.ci_high:.2f})"
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def mistake(chain: Chain, step: int, rng: np.random.Generator, avoid: AbstractSe
     """Alter one number or entity of step `step` (from 0); None where it holds nothing that can be altered.
 
     The new number has the old one's digit count and separators; it equals no number of the chain, the question or
-    `avoid`; where none such is free, another number of the step is altered, or an entity. Raises CotfaithError when the chain has no such step.
+    `avoid`; where none such is free, another number of the step is altered, or an entity. Raises CotfaithError when
+    the chain has no such step.
     """
     if not 0 <= step < len(chain.steps):
         raise CotfaithError(

@@ -50,7 +50,7 @@ def test_a_checkpoint_against_itself_is_exactly_zero(run: RunDirectory) -> None:
 def test_engines_agree_and_self_patch_is_zero(run: RunDirectory) -> None:
     checks = {check["check"]: check for check in run.read_manifest()["checks"]}
     for backend in ("transformer_lens", "nnsight"):
-        assert 0 < checks[f"crosscheck/{backend}/A"]["value"] < 1e-3
+        assert 0 <= checks[f"crosscheck/{backend}/A"]["value"] < 1e-3
     assert checks["records/self_patch"]["value"] == 0
     assert all(check["passed"] for check in checks.values())
 

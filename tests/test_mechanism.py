@@ -1,0 +1,191 @@
+"""Reading, patching, knockout and attribution on tiny random models, each against an oracle of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+
+from cotfaith_mech.arithmetic import people_problems
+from cotfaith_mech.attribution import direct_contributions, measure_attribution
+from cotfaith_mech.backends.huggingface import HuggingFaceModel
+from cotfaith_mech.behaviour import BehaviourPlan, measure_behaviour, total_variation
+from cotfaith_mech.chains import Chain, token_spans
+from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.patching import AnswerContrast, PatchPlan, measure_knockout, measure_patching
+from cotfaith_mech.problems import Problem
+from cotfaith_mech.reading import Trunk, label_tokens
+from cotfaith_mech.sampling import supplied_chain
+from cotfaith_mech.sites import Site
+
+from .tiny import tiny
+
+
+@lru_cache
+def model(architecture: str) -> HuggingFaceModel:
+    weights = tiny(architecture)
+    weights.model.config.max_position_embeddings = 512
+    return HuggingFaceModel(weights)
+
+
+def problem() -> Problem:
+    return people_problems(2, seed=11)[1]
+
+
+def trunk(architecture: str = "llama-gqa") -> Trunk:
+    m, p = model(architecture), problem()
+    return Trunk.of(m, supplied_chain(m, p).with_answer(f" {p.gold}"), p.kind)
+
+
+def plain_logits(t: Trunk, text: str) -> torch.Tensor:
+    with torch.no_grad():
+        ids = torch.tensor([t.model.encode(text).ids])
+        return t.model.weights.model(input_ids=ids, use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "mistral", "gemma2"])
+def test_forced_answer_is_the_product_of_its_tokens(architecture: str) -> None:
+    t = trunk(architecture)
+    variants = [replace(t.chain, steps=t.chain.steps[:keep]) for keep in (0, 2, 4)]
+    answers = [" 17", " 9"]
+    for variant, row in zip(variants, t.read(variants, answers), strict=True):
+        for answer, reading in zip(answers, row, strict=True):
+            text = variant.with_answer(answer).text
+            ids = t.model.encode(text).ids
+            n = len(ids) - len(t.model.encode(variant.with_answer("").text).ids)
+            logp = plain_logits(t, text).log_softmax(-1)
+            expected = sum(float(logp[len(ids) - n - 1 + i, ids[len(ids) - n + i]]) for i in range(n))
+            assert reading.logp == pytest.approx(expected, abs=1e-4)
+            assert reading.n_tokens == len(ids)
+
+
+@pytest.mark.parametrize("architecture", ["llama-mqa", "mistral", "gemma2"])
+def test_layer_zero_patch_is_the_text_edit(architecture: str) -> None:
+    """Swapped base and source, an off-by-one span or a stale prefix would all break this identity."""
+    t, p = trunk(architecture), problem()
+    contrast = AnswerContrast.of(t, f" {p.twin_answer}")
+    records = measure_patching(t, p, "A", PatchPlan(layers=(0,), directions=("noise",))).records
+    got = {r.step: r.value for r in records if r.measure == "patching" and r.metric == "logit_diff"}
+    for step in range(4):
+        steps = (*t.chain.steps[:step], p.twin_steps[step], *t.chain.steps[step + 1 :])
+        logits = plain_logits(t, replace(t.chain, steps=steps).text)[-contrast.n_logits + contrast.index]
+        expected = float(logits[contrast.answer_token] - logits[contrast.foil_token])
+        assert got[step] == pytest.approx(expected, abs=1e-4)
+    assert len({round(value, 3) for value in got.values()}) > 1
+
+
+def test_patching_every_step_at_layer_zero_reaches_the_source() -> None:
+    t, p = trunk(), problem()
+    values = {(r.variant, r.metric): r.value for r in measure_patching(t, p, "A", PatchPlan(layers=(0,))).records}
+    for metric in ("logit_diff", "p_answer"):
+        assert values["noise", f"{metric}_base"] == pytest.approx(values["denoise", f"{metric}_source"], abs=1e-6)
+        assert values["noise", f"{metric}_source"] == pytest.approx(values["denoise", f"{metric}_base"], abs=1e-6)
+    assert values["noise", "logit_diff_base"] != pytest.approx(values["noise", "logit_diff_source"], abs=1e-3)
+
+
+def test_self_patch_is_exactly_zero_and_the_random_direction_is_not() -> None:
+    records = measure_patching(trunk(), problem(), "A", PatchPlan(layers=(1, 2))).records
+    control = {r.variant: r.value for r in records if r.measure == "control"}
+    assert control["self_patch"] == 0
+    assert control["norm_matched"] != 0
+
+
+def test_knockout_cuts_cue_and_answer_rows_only() -> None:
+    """Oracle: an additive mask written out by hand over the whole sequence, eager attention."""
+    t = trunk("llama-mqa")
+    records = measure_knockout(t, "A", PatchPlan()).records
+    got = {r.step: r.value for r in records if r.variant == "masked" and r.metric == "delta_logp"}
+    tokens = torch.tensor([t.run.tokens])
+    n, (start, end) = tokens.shape[1], t.spans.answer
+
+    def logp_answer(step: int | None) -> float:
+        allowed = torch.ones(n, n, dtype=torch.bool).tril()
+        if step is not None:
+            allowed[t.spans.cue[0] :, slice(*t.spans.steps[step])] = False
+        mask = torch.zeros(n, n).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+        with torch.no_grad(), model("llama-mqa").attention("eager"):
+            logits = t.model.weights.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0]
+        logp = logits.log_softmax(-1)[start - 1 : end - 1]
+        return float(logp.gather(1, tokens[0, start:end, None]).sum())
+
+    for step in range(4):
+        assert got[step] == pytest.approx(logp_answer(None) - logp_answer(step), abs=1e-4)
+    assert all(abs(value) > 1e-3 for value in got.values())
+
+
+@pytest.mark.parametrize("architecture", ["llama-mha", "llama-gqa", "llama-mqa", "qwen2", "mistral", "gemma2"])
+def test_direct_contributions_sum_to_the_logit_difference(architecture: str) -> None:
+    records = measure_attribution(trunk(architecture), problem(), "A").records
+    values = {r.metric: r.value for r in records if r.layer is None}
+    assert values["completeness_error"] < 1e-3
+    assert abs(values["logit_diff"]) > 1e-3
+
+
+def test_one_direct_contribution_by_hand() -> None:
+    """a v W_O . u written out for one head of a GQA model; the neighbouring KV head gives another number."""
+    t, p = trunk("llama-gqa"), problem()
+    contrast = AnswerContrast.of(t, f" {p.twin_answer}")
+    query = t.spans.answer[0] + contrast.index - 1
+    contribution, weight, _ = direct_contributions(t, contrast, query)
+    layer, head, key = 2, 3, t.spans.steps[1][0] + 2
+    m = t.model
+    states = m.run(
+        torch.tensor([t.run.tokens]), read=[Site("v", layer), Site("pattern", layer), Site("resid_post", 3)]
+    ).activations
+    final = states[Site("resid_post", 3)][0, query]
+    norm = m.layout.norm
+    scale = norm.weight / (final.square().mean() + norm.variance_epsilon).sqrt()
+    u = (m.layout.unembed.weight[contrast.answer_token] - m.layout.unembed.weight[contrast.foil_token]) * scale
+    w_o = m.layout.layers[layer].attention.o_proj.weight[:, head * 8 : head * 8 + 8]
+    a = states[Site("pattern", layer)][0, head, query, key]
+
+    def moved(kv_head: int) -> float:
+        return float(a * (w_o @ states[Site("v", layer)][0, key, kv_head]) @ u)
+
+    assert float(contribution[layer, head, key]) == pytest.approx(moved(head // 2), abs=1e-6)
+    assert moved(head // 2) != pytest.approx(moved(head // 2 - 1), abs=1e-4)
+    assert float(weight[layer, head, key]) == pytest.approx(float(a), abs=1e-6)
+    assert weight.sum(-1).allclose(torch.ones(4, 6), atol=1e-5)
+
+
+def test_behaviour_of_an_unedited_chain_is_the_baseline() -> None:
+    t, p = trunk(), problem()
+    plan = BehaviourPlan(tests=("early_termination", "mistake", "conflict"), draws=2)
+    measured = measure_behaviour(t, p, "A", plan)
+    value = {(r.measure, r.variant, r.step, r.seed, r.metric): r.value for r in measured.records}
+    assert value["early_termination", "", 4, None, "tv"] == 0
+    assert value["early_termination", "", 4, None, "p_answer"] == value["baseline", "", None, None, "p_answer"]
+    assert value["mistake", "local", 1, 0, "tv"] > 0
+    for name in ("record_agree", "record_absent", "record_contradict"):
+        total = sum(value["conflict", name, None, None, metric] for metric in ("p_chain", "p_question", "p_other"))
+        assert total == pytest.approx(1, abs=1e-5)
+    again = measure_behaviour(t, p, "A", plan)
+    assert [r.value for r in again.records] == [r.value for r in measured.records]
+
+
+def test_total_variation_by_hand() -> None:
+    assert total_variation([0.5, 0.2], [0.1, 0.3]) == pytest.approx(0.5 * (0.4 + 0.1 + 0.3))
+    assert total_variation([1.0], [0.25]) == pytest.approx(0.75)
+
+
+def test_foils_and_labels_that_cannot_be_told_apart_are_refused() -> None:
+    t = trunk()
+    with pytest.raises(CotfaithError, match="own answer"):
+        AnswerContrast.of(t, t.chain.answer)
+    with pytest.raises(CotfaithError, match="same token length"):
+        AnswerContrast.of(t, " 123")
+    with pytest.raises(CotfaithError, match="share a first token"):
+        label_tokens(t.model, t.chain, ["12", "13"])
+
+
+def test_cue_and_answer_must_meet_at_a_token_border() -> None:
+    m = model("llama-gqa")
+    chain = Chain("p", "a", "Q\n", ("Bob has",), " So An", "n")
+    with pytest.raises(CotfaithError, match="begin the answer with one"):
+        token_spans(chain, m.encode(chain.text))
+    with pytest.raises(CotfaithError, match="empty"):
+        m.render(" ")
+    with pytest.raises(CotfaithError, match="at most 512"):
+        m.encode("word " * 600)
