@@ -105,13 +105,13 @@ def token_spans(chain: Chain, encoding: Encoding) -> TokenSpans:
     spans = tuple(pairwise(bounds))
     answer_start = chain.char_spans[-1][0]
     cue_end = spans[-1][0]
+    if chain.answer and spans[-1][0] == spans[-1][1]:
+        raise CotfaithError(f"Answer {chain.answer!r} has no token of its own; give an answer that is not blank.")
     if chain.answer and cue_end and encoding.offsets[cue_end - 1][1] > answer_start:
         raise CotfaithError(
             f"A token spans the border of cue {chain.cue!r} and answer {chain.answer!r}; "
             "end the cue without a space and begin the answer with one."
         )
-    if chain.answer and spans[-1][0] == spans[-1][1]:
-        raise CotfaithError(f"Answer {chain.answer!r} has no token of its own; give an answer that is not blank.")
     return TokenSpans(spans[0], spans[1:-2], spans[-2], spans[-1])
 
 

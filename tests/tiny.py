@@ -45,7 +45,10 @@ def tokenizer() -> Any:
 
 
 def tiny(architecture: str, seed: int = 0) -> Weights:
-    """Random float32 weights, scaled so that attention is not uniform and logits differ by order 1."""
+    """Random float32 weights, scaled so that attention is not uniform and logits differ by order 1.
+
+    llama-mha and qwen2 have non-zero biases, the first on the output projection too.
+    """
     torch.manual_seed(seed)
     shape: dict[str, Any] = {
         "vocab_size": 337,
@@ -74,7 +77,8 @@ def tiny(architecture: str, seed: int = 0) -> Weights:
         config._attn_implementation = "eager"
         model = transformers.Gemma2ForCausalLM(config)
     else:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+        config = transformers.LlamaConfig(**shape, attention_bias=architecture == "llama-mha")
+        model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:

@@ -34,6 +34,7 @@ class NnsightModel(TextSide):
         self._clone = structural_clone(weights.model)
         self._traced: Any = TransformersModel(self._clone, tokenizer=weights.tokenizer)
         self._clone_layout = Layout.of(self._clone)
+        self._paths = {id(module): name for name, module in self._clone.named_modules()}
 
     @torch.no_grad()
     def run(
@@ -67,15 +68,23 @@ class NnsightModel(TextSide):
     def run_batch(
         self, tokens: Int[Tensor, "1 pos"], cells: Sequence[Sequence[ActivationEdit]], *, n_logits: int
     ) -> Float[Tensor, "cell read vocab"]:
-        """Logits of several counterfactuals as invokes of one forward."""
+        """Logits of several counterfactuals as invokes of one forward.
+
+        All cells share one attention mask, so their knockouts are made by one more invoke that sees every row.
+        """
         rows: list[Tensor] = []
+        cuts = [RowEdit(e, slice(i, i + 1), 0) for i, cell in enumerate(cells) for e in cell if e.op == "knockout"]
         with self._traced.trace(use_cache=False, logits_to_keep=n_logits) as tracer:
             rows = list().save()  # noqa: C408  # pyright: ignore[reportAttributeAccessIssue]
             for cell in cells:
                 with tracer.invoke(tokens):
-                    for item in _in_order(cell, ()):
-                        self._do(item, {})
+                    for edit in _in_order([edit for edit in cell if edit.op != "knockout"], ()):
+                        self._do(edit, {})
                     rows.append(self._traced.output.logits)
+            if cuts:
+                with tracer.invoke():
+                    for layer in sorted({cut.edit.site.layer for cut in cuts}):
+                        self._cut([cut for cut in cuts if cut.edit.site.layer == layer])
         return torch.cat(list(rows))
 
     def cached_run(self, tokens: Sequence[int]) -> CachedRun:
@@ -83,13 +92,8 @@ class NnsightModel(TextSide):
 
     def _do(self, item: ActivationEdit | Site, store: dict[Site, Tensor]) -> None:
         site = item if isinstance(item, Site) else item.site
-        layer = self._traced.get(self._path(self._clone_layout.layers[site.layer].layer))
         if isinstance(item, ActivationEdit) and item.op == "knockout":
-            args, kwargs = layer.inputs
-            hidden = args[0] if args else kwargs["hidden_states"]
-            cut = RowEdit(item, slice(None), 0)
-            mask = cut_mask([cut], hidden, kwargs.get("attention_mask"), self.info.n_heads)
-            layer.inputs = (args, {**kwargs, "attention_mask": mask})
+            self._cut([RowEdit(item, slice(None), 0)])
             return
         tensor = self._tensor(site)
         if isinstance(item, ActivationEdit):
@@ -98,6 +102,14 @@ class NnsightModel(TextSide):
         if site.head is not None:
             tensor = tensor[:, site.head] if site.kind == "pattern" else tensor[..., site.head, :]
         store[site] = tensor.clone()
+
+    def _cut(self, cuts: Sequence[RowEdit]) -> None:
+        """Take the edges of `cuts`, all of one layer, out of the mask that this layer is given."""
+        layer = self._envoy(self._clone_layout.layers[cuts[0].edit.site.layer].layer)
+        args, kwargs = layer.inputs
+        hidden = args[0] if args else kwargs["hidden_states"]
+        mask = cut_mask(cuts, hidden, kwargs.get("attention_mask"), self.info.n_heads)
+        layer.inputs = (args, {**kwargs, "attention_mask": mask})
 
     def _tensor(self, site: Site) -> Tensor:
         modules = self._clone_layout.layers[site.layer]
@@ -116,10 +128,7 @@ class NnsightModel(TextSide):
         return out if isinstance(out, Tensor) else out[0]
 
     def _envoy(self, module: Any) -> Any:
-        return self._traced.get(self._path(module))
-
-    def _path(self, module: Any) -> str:
-        return next(name for name, found in self._clone.named_modules() if found is module)
+        return self._traced.get(self._paths[id(module)])
 
 
 def _in_order(edits: Sequence[ActivationEdit], read: Sequence[Site]) -> list[ActivationEdit | Site]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import CotfaithError
 from ..model import CachedRun, PlainRun, Run
 from ..sites import ActivationEdit, Site
+from .hooks import RowEdit, apply_edit
 from .text import TextSide
 from .weights import Weights
 
@@ -61,8 +62,9 @@ class TransformerLensModel(TextSide):
         """See `Model.run`."""
         fired: set[str] = set()
         store: dict[Site, Tensor] = {}
-        hooks = [hook for edit in edits for hook in self._edit_hooks(edit, fired)]
+        hooks = [_edit_hook(edit, fired) for edit in edits if edit.site.kind != "resid_mid"]
         hooks += [(_name(site), _reader(store, site)) for site in read]
+        hooks += [hook for edit in edits if edit.site.kind == "resid_mid" for hook in _mid_hooks(edit, fired)]
         for name, _ in hooks:
             if name not in self.bridge.hook_dict:
                 raise CotfaithError(
@@ -76,13 +78,6 @@ class TransformerLensModel(TextSide):
 
     def cached_run(self, tokens: Sequence[int]) -> CachedRun:
         return PlainRun(self, tokens)
-
-    def _edit_hooks(self, edit: ActivationEdit, fired: set[str]) -> list[tuple[str, Callable[..., Tensor | None]]]:
-        if edit.op == "knockout":
-            return [(f"blocks.{edit.site.layer}.attn.hook_attn_scores", _cutter(edit, fired))]
-        if edit.site.kind == "resid_mid":
-            return _mid_hooks(edit, fired)
-        return [(_name(edit.site), _editor(edit, fired))]
 
 
 def _name(site: Site) -> str:
@@ -98,17 +93,16 @@ def _reader(store: dict[Site, Tensor], site: Site) -> Callable[..., None]:
     return hook
 
 
+def _edit_hook(edit: ActivationEdit, fired: set[str]) -> tuple[str, Callable[..., Tensor]]:
+    if edit.op == "knockout":
+        return f"blocks.{edit.site.layer}.attn.hook_attn_scores", _cutter(edit, fired)
+    return _name(edit.site), _editor(edit, fired)
+
+
 def _editor(edit: ActivationEdit, fired: set[str]) -> Callable[..., Tensor]:
     def hook(tensor: Tensor, hook: Any) -> Tensor:
-        index: Any = (slice(None), list(edit.positions))
-        if edit.site.head is not None:
-            index = (*index, edit.site.head)
         tensor = tensor.clone()
-        if edit.op == "zero":
-            tensor[index] = 0
-        else:
-            value = edit.value.to(tensor)
-            tensor[index] = value if edit.op == "replace" else tensor[index] + value
+        apply_edit(tensor, RowEdit(edit, slice(None), 0))
         fired.add(str(edit))
         return tensor
 
@@ -119,22 +113,22 @@ def _mid_hooks(edit: ActivationEdit, fired: set[str]) -> list[tuple[str, Callabl
     """An edit of the residual between attention and MLP, made by way of hook_attn_out.
 
     The bridge's hook_resid_mid stands at the input of the second norm: an edit there leaves the residual stream itself
-    as it was (4.3.0), so it cannot be used.
+    as it was (4.3.0), so it cannot be used. Where the edit leaves the residual's own value, attn_out keeps its bits.
+    Registered after all reads: attn_out is read as attention wrote it.
     """
-    layer, positions, before = edit.site.layer, list(edit.positions), {}
+    residual: list[Tensor] = []
 
-    def keep(residual: Tensor, hook: Any) -> None:
-        before["resid_pre"] = residual[:, positions].clone()
+    def keep(resid_pre: Tensor, hook: Any) -> None:
+        residual[:] = [resid_pre.clone()]
 
     def write(attn_out: Tensor, hook: Any) -> Tensor:
-        attn_out = attn_out.clone()
-        value = 0 if edit.value is None else edit.value.to(attn_out)
-        base = attn_out[:, positions] if edit.op == "add" else -before["resid_pre"]
-        attn_out[:, positions] = base + value
+        before = residual[0] + attn_out
+        after = before.clone()
+        apply_edit(after, RowEdit(edit, slice(None), 0))
         fired.add(str(edit))
-        return attn_out
+        return torch.where(after == before, attn_out, after - residual[0])
 
-    return [(f"blocks.{layer}.hook_resid_pre", keep), (f"blocks.{layer}.hook_attn_out", write)]
+    return [(f"blocks.{edit.site.layer}.hook_resid_pre", keep), (f"blocks.{edit.site.layer}.hook_attn_out", write)]
 
 
 def _cutter(edit: ActivationEdit, fired: set[str]) -> Callable[..., Tensor]:
