@@ -12,7 +12,7 @@ demo: $(USE)
 	$(BIN)/cotfaith demo --out $(DEMO_RUN)
 
 test: $(DEV)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(DEV)
 	$(BIN)/python -m ruff format --check .
