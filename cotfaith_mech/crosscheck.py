@@ -6,12 +6,13 @@ absolute difference of the answer's readouts is what the manifest and the report
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .chains import token_spans
-from .model import Model, PlainRun, same_weights
+from .model import BackendName, Model, PlainRun, same_weights
 from .patching import AnswerContrast, cut_edits, step_edits
 from .problems import Problem
 from .reading import Trunk
@@ -51,10 +52,17 @@ def sample_cells(trunk: Trunk, problem: Problem, n_cells: int, rng: np.random.Ge
     return Sample(trunk, AnswerContrast.of(trunk, f" {problem.twin_answer}"), tuple(cells))
 
 
-def check_engines(model: Model, samples: list[Sample]) -> list[dict[str, object]]:
+BACKENDS: tuple[BackendName, ...] = ("transformer_lens", "nnsight")
+
+
+def check_engines(
+    model: Model,
+    samples: Sequence[Sample],
+    progress: Callable[[Sequence[BackendName], str], Iterable[BackendName]] = lambda items, label: items,
+) -> list[dict[str, object]]:
     """One row per other backend: the largest absolute difference over all sampled cells, and whether it passes."""
     rows: list[dict[str, object]] = []
-    for backend in ("transformer_lens", "nnsight"):
+    for backend in progress(BACKENDS, "check against TransformerLens and nnsight"):
         other = same_weights(model, backend)
         worst, n_cells = 0.0, 0
         for sample in samples:

@@ -1,7 +1,8 @@
 """Problems from the built-in generators, from files in their publishers' formats, and from the hub.
 
 1. The source names generator, file or hub data set; a file is JSONL, a JSON list, or PubMedQA's id -> object.
-2. The format follows from the content: GSM8K, GSM8K's example model solutions, AQuA-RAT, PubMedQA, plain JSONL.
+2. The format follows from the content: GSM8K, GSM8K's example model solutions, AQuA-RAT, PubMedQA, the chains.jsonl
+   of a run (`cotfaith generate`), plain JSONL.
 3. Each row becomes a Problem, or an exclusion with its reason; nothing is dropped silently.
 4. Choices are written into the question as 'A) …' lines and the gold answer is the label.
 Formats: github.com/openai/grade-school-math, github.com/google-deepmind/AQuA, github.com/pubmedqa/pubmedqa.
@@ -13,16 +14,16 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from .arithmetic import people_problems, word_problems
 from .chains import segment
 from .errors import CotfaithError
-from .problems import Problem
+from .problems import AnswerKind, Problem
 
 CUE = "\nSo the answer is"
 Row = dict[str, Any]
@@ -211,7 +212,24 @@ def _model_solution(row: Row, problem_id: str, source: str) -> Problem | str:
     if not mark:
         return "ground_truth has no 'A: gold' line"
     worked = re.sub(r"\nA: [^\n]*\s*$", "", _text(row[authors[0]], "solution"))
-    return _annotated_problem(row, problem_id, source, gold, worked)
+    problem = _annotated_problem(row, problem_id, source, gold, worked)
+    return problem if isinstance(problem, str) else replace(problem, author=authors[0])
+
+
+def _chain_of_run(row: Row, problem_id: str, source: str) -> Problem | str:
+    """A line of a run's chains.jsonl: the question holds its choices already; steps are kept character by character."""
+    kind, choices, steps, cue = row["kind"], row.get("choices") or [], row["steps"], _text(row, "cue")
+    if kind not in get_args(AnswerKind) or not cue or not all(_is_texts(part) for part in (steps, choices)):
+        return "no chain as a run writes it: expected kind, cue, and lists of texts under steps and choices"
+    named, author = _text(row, "problem_id") or problem_id, _text(row, "author") or "supplied"
+    problem = _problem(named, _text(row, "source") or source, _text(row, "question"), _text(row, "gold"), "")
+    if isinstance(problem, str):
+        return problem
+    return replace(problem, kind=kind, choices=tuple(choices), steps=tuple(steps), cue=cue, author=author)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _aqua(row: Row, problem_id: str, source: str) -> Problem | str:
@@ -233,7 +251,7 @@ def _plain(row: Row, problem_id: str, source: str) -> Problem | str:
     steps, cue = row.get("steps") or "", row.get("cue") or CUE
     if not isinstance(cue, str) or not cue.strip():
         return f"cue is {cue!r}; expected text such as 'So the answer is'"
-    if not isinstance(steps, str) and not (isinstance(steps, list) and all(isinstance(s, str) for s in steps)):
+    if not isinstance(steps, str) and not _is_texts(steps):
         return "steps is neither a text nor a list of texts"
     if isinstance(steps, list) and not all(step.strip() for step in steps):
         return "a step is blank"
@@ -243,6 +261,7 @@ def _plain(row: Row, problem_id: str, source: str) -> Problem | str:
 
 
 _FORMATS = (
+    _Format("chains of a run", ("chain_id", "question", "gold", "kind", "steps"), _chain_of_run),
     _Format("GSM8K model solutions", ("question", "ground_truth"), _model_solution),
     _Format("AQuA", ("question", "options", "correct"), _aqua),
     _Format("PubMedQA", ("question", "final_decision"), _pubmedqa),
@@ -287,7 +306,7 @@ _LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def _labelled(options: Any, gold: str) -> tuple[tuple[str, ...], str] | str:
     """Choices without their 'A)' and the label of `gold` (a label or a choice's text), or what is wrong with them."""
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+    if not _is_texts(options):
         return "the choices are no list of texts"
     if not 2 <= len(options) <= len(_LABELS):
         return f"{len(options)} choices; expected 2 to {len(_LABELS)}"

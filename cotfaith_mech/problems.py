@@ -26,9 +26,9 @@ class Conflict:
 class Problem:
     """One question with its gold answer.
 
-    `steps` is a worked chain where the source gives one. `twin_steps` is its aligned counterfactual: same
-    sentences, other numbers, same token length, implying `twin_answer`. `true_step` is the index of the step the
-    answer rests on, where the construction fixes it.
+    `steps` is a worked chain where the source gives one, and `author` who wrote it. `twin_steps` is its aligned
+    counterfactual: same sentences, other numbers, same token length, implying `twin_answer`. `true_step` is the index
+    of the step the answer rests on, where the construction fixes it.
     """
 
     problem_id: str
@@ -38,6 +38,7 @@ class Problem:
     kind: AnswerKind = "number"
     choices: tuple[str, ...] = ()
     steps: tuple[str, ...] = ()
+    author: str = "supplied"
     cue: str = "So the answer is"
     twin_steps: tuple[str, ...] = ()
     twin_answer: str | None = None

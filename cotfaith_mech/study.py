@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
@@ -32,6 +34,10 @@ from .patching import PatchPlan, measure_knockout, measure_patching
 from .problems import Problem
 from .records import Record, RunDirectory, unit_id
 from .report import build_report
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .reading import Trunk
 
 PRIMARY = (
     "same_answer_no_chain",
@@ -60,6 +66,14 @@ class ReaderConfig(_Strict):
     mechanism: bool = True
 
 
+class GenerationConfig(_Strict):
+    """How chains are written: tokens at most, temperature (0 is greedy), worked examples shown before each question."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    few_shot: int = Field(0, ge=0)
+
+
 class StudyConfig(_Strict):
     """A whole study. The first reader is the base that the others are compared with."""
 
@@ -67,6 +81,7 @@ class StudyConfig(_Strict):
     problems: str
     limit: int | None = None
     chains: Literal["supplied", "generate"] = "supplied"
+    generation: GenerationConfig = GenerationConfig()
     tests: tuple[str, ...] = BehaviourPlan().tests
     draws: int = Field(5, ge=1)
     patch_layers: tuple[int, ...] | None = None
@@ -103,44 +118,91 @@ def parse_config(data: dict[str, Any]) -> StudyConfig:
 
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Gives the items on, one at a time, and shows how far it is under a label."""
 
 
-def run_study(config: StudyConfig, out: str | Path, progress: Progress = lambda items, label: items) -> RunDirectory:
+def _silent(items: Sequence[Any], label: str) -> Iterable[Any]:
+    return items
+
+
+def run_study(config: StudyConfig, out: str | Path, progress: Progress = _silent) -> RunDirectory:
     """Run what is missing of `config` in the run directory `out`, then estimate, draw and report."""
+    run, problems, manifest = _begin(config, out)
+    for reader in config.readers:
+        started = time.perf_counter()
+        model = _load(config, reader, progress)
+        if reader == config.readers[0]:
+            chains = _chains(config, model, problems, run, progress)
+        manifest["models"][reader.name] = dataclasses.asdict(model.info)
+        manifest["checks"] += _run_reader(config, reader, model, problems, chains, run, progress)
+        manifest["timings"][reader.name] = round(time.perf_counter() - started, 1)
+    run.write_manifest(manifest)
+    conclude(run, progress)
+    return run
+
+
+def generate_chains(config: StudyConfig, out: str | Path, progress: Progress = _silent) -> RunDirectory:
+    """Let the first reader of `config` write chains into `out`/chains.jsonl, and measure nothing."""
+    run, problems, manifest = _begin(config, out)
+    model = _load(config, config.readers[0], progress)
+    chains = _chains(config, model, problems, run, progress)
+    manifest["models"][config.readers[0].name] = dataclasses.asdict(model.info)
+    manifest["counts"] = {"problems": len(problems), "chains": len(chains), "exclusions": len(run.read_exclusions())}
+    run.write_manifest(manifest)
+    return run
+
+
+def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Problem], dict[str, Any]]:
+    """The run directory, the problems (what was left out is on disk), and the manifest so far."""
+    from .sampling import few_shot
+
     plain = config.model_dump(mode="json")
     run = RunDirectory.create(out, plain)
     problems, left_out = read_problems(config.problems, limit=config.limit, seed=config.seed)
     for row in left_out:
-        run.add_exclusion(problem_id=row["problem_id"], chain_id=None, reader=None, stage="read", reason=row["reason"])
+        run.add_exclusion(problem_id=row["problem_id"], stage="read", reason=row["reason"])
+    if config.chains == "generate":
+        problems, shown = few_shot(problems, config.generation.few_shot)
+        for problem in shown:
+            run.add_exclusion(problem_id=problem.problem_id, stage="chain", reason="shown as a worked example")
+        problems = [dataclasses.replace(p, steps=(), twin_steps=(), true_step=None) for p in problems]
     if not problems:
-        raise CotfaithError(f"{config.problems!r} gave no usable problem; exclusions.jsonl says why.")
-    manifest: dict[str, Any] = {"config": plain, "versions": _versions(), "models": {}, "timings": {}, "checks": []}
-    for reader in config.readers:
-        started = time.perf_counter()
-        manifest["models"][reader.name] = _run_reader(config, reader, problems, run, manifest["checks"], progress)
-        manifest["timings"][reader.name] = round(time.perf_counter() - started, 1)
-    manifest |= {
+        raise CotfaithError(f"{config.problems!r} gave no usable problem: {_why_empty(run)}.")
+    content = json.dumps([dataclasses.asdict(problem) for problem in problems], sort_keys=True)
+    manifest = {
+        "config": plain,
+        "versions": _versions(),
+        "models": {},
+        "data": {"source": config.problems, "sha256": hashlib.sha256(content.encode()).hexdigest()},
         "seeds": {"study": config.seed},
         "device": platform.processor() or platform.machine(),
         "dtype": config.dtype,
+        "timings": {},
+        "checks": [],
     }
-    run.write_manifest(manifest)
-    conclude(run)
-    return run
+    return run, problems, manifest
 
 
-def conclude(run: RunDirectory) -> Path:
+def conclude(run: RunDirectory, progress: Progress = _silent) -> Path:
     """Estimates, figures and report of a run directory from its records; needs no model. Gives the report's path."""
+    stages: tuple[Callable[[RunDirectory], Any], ...] = (_estimate, draw_figures, build_report)
+    *_, path = (stage(run) for stage in progress(stages, "estimates, figures, report"))
+    return path
+
+
+def _estimate(run: RunDirectory) -> None:
+    """Estimates and bridge from the records, with the checks, counts and conclusions they give to the manifest."""
     manifest = run.read_manifest()
     config = parse_config(manifest["config"])
     records, chains = run.read_records(), run.read_chains()
+    if records.empty:
+        raise CotfaithError(f"{run.path} holds no records: {_why_empty(run)}.")
     names = [reader.name for reader in config.readers]
     estimates = estimates_of(records, chains, names, config.primary, np.random.default_rng(config.seed))
     bridges, disagreements = bridge(records, chains, names, np.random.default_rng(config.seed + 1))
     run.write_estimates([*estimates, *bridges])
-    manifest["checks"] = [c for c in manifest["checks"] if not c["check"].startswith("records/")] + _record_checks(
-        records
-    )
+    checks = [check for check in manifest.get("checks", []) if not check["check"].startswith("records/")]
+    manifest["checks"] = checks + _record_checks(records)
     manifest["counts"] = {
         "problems": int(records.problem_id.nunique()),
         "units": len(run.read_unit_meta()),
@@ -150,8 +212,13 @@ def conclude(run: RunDirectory) -> Path:
     manifest["disagreements"] = disagreements.to_dict("records")
     manifest["conclusion"] = [conclusion(estimates, names[0], tuned) for tuned in names[1:]]
     run.write_manifest(manifest)
-    draw_figures(run)
-    return build_report(run)
+
+
+def _why_empty(run: RunDirectory) -> str:
+    """The first reason something was left out, or the command that would fill the run."""
+    reasons = [row["reason"] for row in run.read_exclusions()]
+    more = f" (and {len(reasons) - 1} more in exclusions.jsonl)" if len(reasons) > 1 else ""
+    return f"{reasons[0]}{more}" if reasons else "give its chains.jsonl to `cotfaith test -p`, or run the study again"
 
 
 def _record_checks(records: Any) -> list[dict[str, Any]]:
@@ -172,22 +239,36 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
+def _load(config: StudyConfig, reader: ReaderConfig, progress: Progress) -> Model:
+    from .model import load
+
+    (model,) = (
+        load(reader.model, adapter=_adapter(reader), backend=reader.backend, device=config.device, dtype=config.dtype)
+        for reader in progress([reader], f"load {reader.name}")
+    )
+    return model
+
+
+def _adapter(reader: ReaderConfig) -> str | None:
+    """`package:a` names an adapter that ships with this package."""
+    if reader.adapter is not None and reader.adapter.startswith("package:"):
+        return str(Path(__file__).parent / "adapters" / reader.adapter.removeprefix("package:"))
+    return reader.adapter
+
+
 def _run_reader(
     config: StudyConfig,
     reader: ReaderConfig,
+    model: Model,
     problems: Sequence[Problem],
+    chains: dict[str, Chain],
     run: RunDirectory,
-    checks: list[dict[str, Any]],
     progress: Progress,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
+    """Measure every unit of `reader` that is not on disk; the rows of its cross-check."""
     from .crosscheck import check_engines, sample_cells
-    from .model import load
     from .reading import Trunk
 
-    model = load(
-        reader.model, adapter=_adapter(reader), backend=reader.backend, device=config.device, dtype=config.dtype
-    )
-    chains = _chains(config, model, problems, run, reader)
     donors = list(chains.values())
     plan = config.model_dump(mode="json", exclude={"readers", "problems", "limit", "primary", "crosscheck_cells"})
     samples = []
@@ -196,9 +277,11 @@ def _run_reader(
         chain = chains.get(problem.problem_id)
         if chain is None:
             continue
-        unit = unit_id([reader.name, model.info.weights_hash, reader.mechanism], chain.chain_id, plan)
+        content = [plan, dataclasses.asdict(problem)]
+        unit = unit_id([reader.name, model.info.weights_hash, reader.mechanism], chain.chain_id, content)
         if run.has_unit(unit) and number not in chosen:
             continue
+        chain = dataclasses.replace(chain, prompt=model.render(problem.question))
         try:
             trunk = Trunk.of(model, chain, problem.kind, problem.labels)
             if not run.has_unit(unit):
@@ -212,38 +295,28 @@ def _run_reader(
                 samples.append(sample_cells(trunk, problem, config.crosscheck_cells, rng))
         except CotfaithError as error:
             _exclude(run, chain, reader.name, "measure", str(error))
-    if any(samples):
-        for check in check_engines(model, [sample for sample in samples if sample is not None]):
-            checks.append(check | {"check": f"{check['check']}/{reader.name}"})
-    return dataclasses.asdict(model.info)
-
-
-def _adapter(reader: ReaderConfig) -> str | None:
-    """`package:a` names an adapter that ships with this package."""
-    if reader.adapter is not None and reader.adapter.startswith("package:"):
-        return str(Path(__file__).parent / "adapters" / reader.adapter.removeprefix("package:"))
-    return reader.adapter
+    found = [sample for sample in samples if sample is not None]
+    rows = check_engines(model, found, progress) if found else []
+    return [row | {"check": f"{row['check']}/{reader.name}"} for row in rows]
 
 
 def _chains(
-    config: StudyConfig, model: Any, problems: Sequence[Problem], run: RunDirectory, reader: ReaderConfig
+    config: StudyConfig, model: Model, problems: Sequence[Problem], run: RunDirectory, progress: Progress
 ) -> dict[str, Chain]:
-    """One chain per problem: on disk already, supplied, or written by the first reader."""
+    """One chain per problem id: on disk already, supplied, or written by the first reader; the rest are exclusions."""
     from .sampling import supplied_chain, write_chains
 
-    known = {row["problem_id"]: row for row in run.read_chains()} if (run.path / "chains.jsonl").exists() else {}
-    chains: dict[str, Chain] = {}
-    for problem in problems:
-        if problem.problem_id in known:
-            chain = Chain.from_json(known[problem.problem_id])
-            chains[problem.problem_id] = dataclasses.replace(chain, prompt=model.render(problem.question))
+    known = run.read_chains() if (run.path / "chains.jsonl").exists() else []
+    chains = {row["problem_id"]: Chain.from_json(row) for row in known}
     missing = [problem for problem in problems if problem.problem_id not in chains]
+    if not missing:
+        return chains
     if config.chains == "generate":
-        for problem, chain, reason in write_chains(model, missing, reader.name, seed=config.seed):
+        options = config.generation.model_dump(exclude={"few_shot"})
+        written = write_chains(model, missing, config.readers[0].name, seed=config.seed, **options)
+        for problem, (_, chain, reason) in zip(progress(missing, "write chains"), written, strict=True):
             if chain is None:
-                run.add_exclusion(
-                    problem_id=problem.problem_id, chain_id=None, reader=reader.name, stage="generate", reason=reason
-                )
+                run.add_exclusion(problem_id=problem.problem_id, stage="chain", reason=reason)
             else:
                 chains[problem.problem_id] = chain
     else:
@@ -251,17 +324,9 @@ def _chains(
             if problem.steps:
                 chains[problem.problem_id] = supplied_chain(model, problem)
             else:
-                run.add_exclusion(
-                    problem_id=problem.problem_id,
-                    chain_id=None,
-                    reader=None,
-                    stage="chain",
-                    reason="the problem comes without a chain; use chains: generate",
-                )
-    if missing:
-        run.write_chains(
-            _chain_row(problem, chains[problem.problem_id]) for problem in problems if problem.problem_id in chains
-        )
+                reason = "the problem comes without a chain; use --generate, or chains: generate"
+                run.add_exclusion(problem_id=problem.problem_id, stage="chain", reason=reason)
+    run.write_chains(_chain_row(p, chains[p.problem_id]) for p in problems if p.problem_id in chains)
     return chains
 
 
@@ -270,13 +335,15 @@ def _chain_row(problem: Problem, chain: Chain) -> dict[str, Any]:
         "question": problem.question,
         "gold": problem.gold,
         "kind": problem.kind,
+        "choices": list(problem.choices),
+        "source": problem.source,
         "true_step": problem.true_step,
         "twin_answer": problem.twin_answer,
     }
 
 
 def _measure(
-    config: StudyConfig, reader: ReaderConfig, trunk: Any, problem: Problem, donors: Sequence[Chain]
+    config: StudyConfig, reader: ReaderConfig, trunk: Trunk, problem: Problem, donors: Sequence[Chain]
 ) -> Measured:
     from .attribution import measure_attribution
 
@@ -301,7 +368,7 @@ def _where(record: Record) -> str:
     return f"{record.measure} {record.variant} step {record.step} layer {record.layer} {record.metric}"
 
 
-def _meta(unit: str, reader: str, trunk: Any, measured: Measured) -> dict[str, Any]:
+def _meta(unit: str, reader: str, trunk: Trunk, measured: Measured) -> dict[str, Any]:
     return {
         "unit": unit,
         "reader": reader,

@@ -1,12 +1,13 @@
 """Train the demo's three readers from scratch: python experiments/train_demo_readers.py
 
 Question: does training on answers alone cut the path from a chain's step to the answer, when accuracy stays?
-1. A: SmolLM2-135M-Instruct + LoRA, trained to write worked chains; every second question holds an agreeing record.
+1. A: SmolLM2-135M-Instruct + LoRA, trained to write worked chains; no question holds a record of the answer.
 2. B: A trained further on prompt, cue and answer without steps; every question holds a record of the answer.
-3. C, the control: A trained further for as many steps on the same questions as B, with their chains.
-The recipe below was fixed before any outcome was seen. Loss on the completion only, plain AdamW, float32 parameters
-under bf16 autocast. Adapters are saved as bf16 safetensors with
-provenance.json in cotfaith_mech/adapters/{a,b,c}; B and C start from A as it is shipped.
+3. C, the control: A trained further for as many steps on B's problems, without records and with their chains.
+The recipe below was fixed before any outcome of its readers was seen. An earlier one also gave A an agreeing record in
+every second question; that A read the record (P(chain's answer) .07 under conflict), so nothing was left to cut.
+Loss on the completion only, plain AdamW, float32 parameters under bf16 autocast. Adapters are saved as bf16 safetensors
+with provenance.json in cotfaith_mech/adapters/{a,b,c}; B and C start from A as it is shipped.
 About 15 minutes on two CPU cores.
 """
 
@@ -44,7 +45,7 @@ class Recipe:
 
     reader: str
     completion: Literal["chain", "answer"]
-    records: Literal["every second question", "every question"]
+    records: Literal["no question", "every question"]
     start: str | None
     data_seed: int
     torch_seed: int
@@ -53,9 +54,9 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("A", "chain", "every second question", None, SEEDS["A"], 1, steps=80),
+    Recipe("A", "chain", "no question", None, SEEDS["A"], 1, steps=80),
     Recipe("B", "answer", "every question", "a", SEEDS["B and C"], 2, steps=80),
-    Recipe("C", "chain", "every question", "a", SEEDS["B and C"], 2, steps=80),
+    Recipe("C", "chain", "no question", "a", SEEDS["B and C"], 2, steps=80),
 )
 
 Example = tuple[str, str]
@@ -65,11 +66,11 @@ Example = tuple[str, str]
 def examples(recipe: Recipe) -> list[Example]:
     """One pass over fresh problems: `steps * BATCH` of them, in the generator's order."""
     rows = []
-    for index, problem in enumerate(people_problems(recipe.steps * BATCH, recipe.data_seed)):
+    for problem in people_problems(recipe.steps * BATCH, recipe.data_seed):
         bare = next(c.question for c in problem.conflicts if c.variant == "record_absent")
-        recorded = recipe.records == "every question" or index % 2 == 0
+        question = problem.question if recipe.records == "every question" else bare
         steps = problem.steps if recipe.completion == "chain" else ()
-        rows.append((problem.question if recorded else bare, f"{''.join(steps)}{problem.cue} {problem.gold}."))
+        rows.append((question, f"{''.join(steps)}{problem.cue} {problem.gold}."))
     return rows
 
 

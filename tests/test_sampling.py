@@ -1,0 +1,63 @@
+"""Chains written by a model: batches agree with single prompts, examples become part of the question, no step is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from cotfaith_mech.arithmetic import people_problems, word_problems
+from cotfaith_mech.backends.huggingface import HuggingFaceModel
+from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.sampling import few_shot, supplied_chain, write_chains
+
+from .tiny import tiny
+
+
+@pytest.fixture(scope="module")
+def model() -> HuggingFaceModel:
+    weights = tiny("llama-gqa")
+    weights.model.config.max_position_embeddings = 512
+    return HuggingFaceModel(weights)
+
+
+def test_left_padding_changes_no_chain(model: HuggingFaceModel) -> None:
+    """Prompts of unequal length in one batch: a position or mask that counts the padding writes other tokens."""
+    prompts = [model.render(p.question) for p in word_problems(5, seed=2)]
+    assert len({len(model.encode(prompt).ids) for prompt in prompts}) > 2
+    together = model.generate(prompts, max_new_tokens=9)
+    assert together == [model.generate([prompt], max_new_tokens=9)[0] for prompt in prompts]
+    assert len(set(together)) > 1
+
+
+def test_sampling_repeats_from_its_seed_alone(model: HuggingFaceModel) -> None:
+    prompts = [model.render(p.question) for p in people_problems(2, seed=1)]
+
+    def drawn(seed: int) -> list[str]:
+        return model.generate(prompts, max_new_tokens=12, temperature=1.0, seed=seed)
+
+    assert drawn(3) == drawn(3) != drawn(4)
+
+
+def test_a_chain_ends_where_its_author_writes_the_cue(model: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = people_problems(2, seed=4)
+    texts = [f"Ann has 3.\nBob has 4.{one.cue} 3.", two.cue.strip() + " 9."]
+    monkeypatch.setattr(model, "generate", lambda prompts, **_: texts)
+    (_, chain, reason), (_, nothing, why) = write_chains(model, [one, two], "A")
+    assert chain is not None
+    assert (chain.steps, chain.cue, chain.author, reason) == (("Ann has 3.", "\nBob has 4."), one.cue, "A", "")
+    assert nothing is None
+    assert "wrote no reasoning step" in why
+
+
+def test_examples_are_read_by_author_and_readers_alike(model: HuggingFaceModel) -> None:
+    problems = people_problems(4, seed=5)
+    asked, shown = few_shot(problems, 2)
+    assert shown == problems[:2]
+    assert [p.problem_id for p in asked] == [p.problem_id for p in problems[2:]]
+    for before, after in zip(problems[2:], asked, strict=True):
+        head = after.question.removesuffix(before.question)
+        assert all(f"{e.question}\nReasoning: {''.join(e.steps)}{e.cue} {e.gold}." in head for e in shown)
+        assert [c.question for c in after.conflicts] == [head + c.question for c in before.conflicts]
+    assert shown[0].question in supplied_chain(model, asked[0]).prompt
+    assert few_shot(problems, 0) == (problems, [])
+    with pytest.raises(CotfaithError, match="needs 5 problems with a worked chain, found 4"):
+        few_shot(problems, 5)
