@@ -54,20 +54,20 @@ def direct_contributions(
     info = trunk.model.info
     layers = range(info.n_layers)
     last = Site("resid_post", info.n_layers - 1)
-    kinds = ("pattern", "v", "z")
-    states = trunk.run.read([last, *(Site(kind, layer) for layer in layers for kind in kinds)])
-    pattern = torch.stack([states[Site("pattern", layer)][:, query] for layer in layers]).float()
-    z = torch.stack([states[Site("z", layer)][query] for layer in layers]).float()
-    v = torch.stack([states[Site("v", layer)] for layer in layers]).float()
+    attention = [Site(kind, layer) for layer in layers for kind in ("pattern", "z")]
+    here = trunk.run.read([last, *attention], first=query)
+    values = trunk.run.read([Site("v", layer) for layer in layers])
+    pattern = torch.stack([here[Site("pattern", layer)][:, 0] for layer in layers]).float()
+    z = torch.stack([here[Site("z", layer)][0] for layer in layers]).float()
+    v = torch.stack([values[Site("v", layer)] for layer in layers]).float()
     v = repeat(v, "layer key kv d -> layer key (kv group) d", group=info.n_heads // info.n_kv_heads)
-    into_z, rest = trunk.model.direct_path(z, states[last][query].float(), contrast.answer_token, contrast.foil_token)
+    into_z, rest = trunk.model.direct_path(z, here[last][0].float(), contrast.answer_token, contrast.foil_token)
     moved = einsum(v, into_z, "layer key head d, layer head d -> layer head key")
     return (pattern * moved).cpu(), pattern.cpu(), rest
 
 
 def _logit_difference(trunk: Trunk, contrast: AnswerContrast) -> float:
-    tokens = torch.tensor([trunk.run.tokens], device=trunk.model.info.device)
-    logits = trunk.model.run(tokens, n_logits=contrast.n_logits).logits[0, contrast.index].float()
+    logits = trunk.run.logits(contrast.n_logits)[contrast.index]
     return float(
         trunk.model.uncapped(logits[contrast.answer_token]) - trunk.model.uncapped(logits[contrast.foil_token])
     )

@@ -55,7 +55,7 @@ def measure_behaviour(
     gold = f" {problem.gold}"
     answers = list(dict.fromkeys([trunk.chain.answer, gold]))
     variants = list(_variants(trunk, problem, plan, donors, seed, measured.exclusions))
-    readings = trunk.read([trunk.chain, *(v.chain for v in variants)], answers)
+    readings = trunk.read([(chain, answers) for chain in (trunk.chain, *(v.chain for v in variants))])
     base = dict(zip(answers, readings[0], strict=True))
     own = base[trunk.chain.answer]
     right = [answer for answer in answers if same_answer(answer, gold, problem.kind)]
@@ -139,11 +139,12 @@ def _variants(
 
 
 def _conflicts(measured: Measured, trunk: Trunk, problem: Problem) -> None:
+    asked = []
     for conflict in problem.conflicts:
-        chain = replace(
-            trunk.chain, prompt=trunk.model.render(conflict.question), steps=conflict.steps, variant=conflict.variant
-        )
-        [[by_chain, by_question]] = trunk.read([chain], [f" {conflict.chain_answer}", f" {conflict.question_answer}"])
+        prompt = trunk.model.render(conflict.question)
+        chain = replace(trunk.chain, prompt=prompt, steps=conflict.steps, variant=conflict.variant)
+        asked.append((chain, [f" {conflict.chain_answer}", f" {conflict.question_answer}"]))
+    for (chain, _), (by_chain, by_question) in zip(asked, trunk.read(asked), strict=True):
         metrics = {
             "p_chain": by_chain.p,
             "p_question": by_question.p,
@@ -151,7 +152,7 @@ def _conflicts(measured: Measured, trunk: Trunk, problem: Problem) -> None:
             "says_chain": float(by_chain.greedy),
             "says_question": float(by_question.greedy),
         }
-        measured.add("conflict", conflict.variant, metrics, by_chain.n_tokens)
+        measured.add("conflict", chain.variant, metrics, by_chain.n_tokens)
 
 
 def _text(variant: Variant, reading: Reading) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def sample_cells(trunk: Trunk, problem: Problem, n_cells: int, rng: np.random.Ge
     if token_spans(twin, encoding) != trunk.spans:
         return None
     n_layers = trunk.model.info.n_layers
-    source = trunk.model.cached_run(encoding.ids)
+    source = trunk.run.sibling(encoding.ids)
     cells = []
     for number in range(n_cells):
         span = trunk.spans.steps[rng.integers(len(trunk.spans.steps))]

@@ -65,6 +65,8 @@ class Model(Protocol):
 
     info: ModelInfo
     weights: Weights
+    stop_tokens: frozenset[int]
+    """Tokens after which the model writes no more."""
 
     def encode(self, text: str) -> Encoding:
         """Token ids and character offsets of `text`; adds no special token of its own."""
@@ -127,8 +129,16 @@ class CachedRun(Protocol):
     tokens: tuple[int, ...]
     accelerated: bool
 
-    def read(self, sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "pos *width"]]:
-        """Activations of the base run at all its positions."""
+    def logits(self, n_logits: int) -> Float[Tensor, "read vocab"]:
+        """Logits of the base run itself at its last `n_logits` positions."""
+        ...
+
+    def read(self, sites: Sequence[Site], first: int = 0) -> Mapping[Site, Float[Tensor, "pos *width"]]:
+        """Activations of the base run from position `first` on (pattern: `[head, query, key]`, queries from there)."""
+        ...
+
+    def sibling(self, tokens: Sequence[int]) -> CachedRun:
+        """The base run of other tokens; what they share with this one need not be computed again."""
         ...
 
     def edited(
@@ -152,9 +162,18 @@ class PlainRun:
         self.tokens = tuple(tokens)
         self._row = torch.tensor([self.tokens], device=model.info.device)
 
-    def read(self, sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "pos *width"]]:
-        run = self.model.run(self._row, read=sites)
-        return {site: run.activations[site][0] for site in sites}
+    def logits(self, n_logits: int) -> Float[Tensor, "read vocab"]:
+        return self.model.run(self._row, n_logits=n_logits).logits[0].float()
+
+    def read(self, sites: Sequence[Site], first: int = 0) -> Mapping[Site, Float[Tensor, "pos *width"]]:
+        states = self.model.run(self._row, read=sites).activations
+        return {
+            site: states[site][0, ..., first:, :] if site.kind == "pattern" else states[site][0, first:]
+            for site in sites
+        }
+
+    def sibling(self, tokens: Sequence[int]) -> CachedRun:
+        return PlainRun(self.model, tokens)
 
     def edited(
         self, cells: Sequence[Sequence[ActivationEdit]], *, n_logits: int, reduce: Reduce

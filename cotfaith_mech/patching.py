@@ -113,7 +113,7 @@ def measure_patching(trunk: Trunk, problem: Problem, reader: str, plan: PatchPla
     contrast = AnswerContrast.of(trunk, f" {problem.twin_answer}")
     layers = tuple(range(trunk.model.info.n_layers)) if plan.layers is None else plan.layers
     sites = [Site("resid_pre", layer) for layer in layers]
-    runs = {"chain": trunk.run, "twin": trunk.model.cached_run(encoding.ids)}
+    runs = {"chain": trunk.run, "twin": trunk.run.sibling(encoding.ids)}
     states = {name: run.read(sites) for name, run in runs.items()}
     for direction in plan.directions:
         base, source = ("chain", "twin") if direction == "noise" else ("twin", "chain")
@@ -142,7 +142,7 @@ def _patch(
         values = {"logit_diff": row[0], "p_answer": row[1], "says_source": _source_said(direction, row)}
         measured.add("patching", direction, values, len(trunk.run.tokens), **where)
     for name, run in (("base", base), ("source", source)):
-        row = _unedited(run, trunk, contrast)
+        row = contrast.reduce(run.logits(contrast.n_logits)[None])[0].tolist()
         values = {f"logit_diff_{name}": row[0], f"p_answer_{name}": row[1]}
         measured.add("patching", direction, values, len(trunk.run.tokens))
 
@@ -150,12 +150,6 @@ def _patch(
 def _source_said(direction: str, row: Sequence[float]) -> float:
     """Does the edited run say the source's answer: the foil when noising, a* when denoising."""
     return row[2] if direction == "noise" else row[3]
-
-
-def _unedited(run: CachedRun, trunk: Trunk, contrast: AnswerContrast) -> list[float]:
-    tokens = torch.tensor([run.tokens], device=trunk.model.info.device)
-    logits = trunk.model.run(tokens, n_logits=contrast.n_logits).logits.float()
-    return contrast.reduce(logits)[0].tolist()
 
 
 def _patch_controls(measured: Measured, trunk: Trunk, contrast: AnswerContrast, own: Any, twin: Any, seed: int) -> None:

@@ -57,18 +57,21 @@ class Trunk:
     @classmethod
     def of(cls, model: Model, chain: Chain, kind: AnswerKind, labels: tuple[str, ...] = ()) -> Trunk:
         """Find a* (or keep `chain.answer` if it is set already) and run the chain with it."""
+        run = None
         if not chain.answer:
-            chain = chain.with_answer(own_answer(model, chain, kind, labels))
+            run = model.cached_run(model.encode(chain.text).ids)
+            chain = chain.with_answer(own_answer(model, run, chain, kind, labels))
         encoding = model.encode(chain.text)
         spans = token_spans(chain, encoding)
-        return cls(model, chain, kind, labels, spans, model.cached_run(encoding.ids))
+        full = run.sibling(encoding.ids) if run else model.cached_run(encoding.ids)
+        return cls(model, chain, kind, labels, spans, full)
 
-    def read(self, variants: Sequence[Chain], answers: Sequence[str]) -> list[list[Reading]]:
-        """Readings `[variant][answer]`; `answers` are texts as they stand after the cue (`' 22'`)."""
+    def read(self, asked: Sequence[tuple[Chain, Sequence[str]]]) -> list[list[Reading]]:
+        """Readings `[variant][answer]` of pairs of a text variant and the answers to read after its cue (`' 22'`)."""
         if self.kind == "choice":
-            return self._read_choices(variants, answers)
+            return self._read_choices(asked)
         branches, answer_ids = [], []
-        for variant in variants:
+        for variant, answers in asked:
             for answer in answers:
                 forced = variant.with_answer(answer)
                 encoding = self.model.encode(forced.text)
@@ -76,12 +79,11 @@ class Trunk:
                 branches.append(Branch(encoding.ids, end - start + 1))
                 answer_ids.append(encoding.ids[start:])
         rows = self.run.branches(branches, reduce=lambda logits, i: self._forced(logits, answer_ids[i]))
-        readings = [
+        readings = iter(
             Reading(float(row[0]), bool(row[1]), float(row[2]), len(branch.tokens))
             for row, branch in zip(rows, branches, strict=True)
-        ]
-        width = len(answers)
-        return [readings[i : i + width] for i in range(0, len(readings), width)]
+        )
+        return [[next(readings) for _ in answers] for _, answers in asked]
 
     def _forced(self, logits: Float[Tensor, "read vocab"], ids: Sequence[int]) -> Float[Tensor, "3"]:
         logp = logits.log_softmax(-1)
@@ -92,25 +94,21 @@ class Trunk:
         total = logp[:-1].gather(1, target[:, None]).sum()
         return torch.stack([total, torch.tensor(float(greedy), device=total.device), _entropy(logp[visible])])
 
-    def _read_choices(self, variants: Sequence[Chain], answers: Sequence[str]) -> list[list[Reading]]:
-        first = label_tokens(self.model, variants[0], self.labels)
-        wanted = [self.labels.index(answer.strip()) for answer in answers]
-        branches = [Branch(self.model.encode(variant.with_answer("").text).ids, 1) for variant in variants]
+    def _read_choices(self, asked: Sequence[tuple[Chain, Sequence[str]]]) -> list[list[Reading]]:
+        first = label_tokens(self.model, asked[0][0], self.labels)
+        branches = [Branch(self.model.encode(variant.with_answer("").text).ids, 1) for variant, _ in asked]
 
         def reduce(logits: Float[Tensor, "1 vocab"], _: int) -> Float[Tensor, "label_and_mass"]:
             on_labels = logits[0].log_softmax(-1)[list(first)]
             return torch.cat([on_labels.log_softmax(-1), on_labels.exp().sum()[None]])
 
         rows = self.run.branches(branches, reduce=reduce)
-        return [
-            [
-                Reading(
-                    float(row[w]), int(row[:-1].argmax()) == w, float(_entropy(row[:-1])), len(b.tokens), float(row[-1])
-                )
-                for w in wanted
-            ]
-            for row, b in zip(rows, branches, strict=True)
-        ]
+        readings = []
+        for row, branch, (_, answers) in zip(rows, branches, asked, strict=True):
+            best, entropy, mass = int(row[:-1].argmax()), float(_entropy(row[:-1])), float(row[-1])
+            wanted = [self.labels.index(answer.strip()) for answer in answers]
+            readings.append([Reading(float(row[w]), best == w, entropy, len(branch.tokens), mass) for w in wanted])
+        return readings
 
 
 def _entropy(logp: Float[Tensor, "vocab"]) -> Float[Tensor, ""]:
@@ -133,17 +131,19 @@ def label_tokens(model: Model, chain: Chain, labels: Sequence[str]) -> tuple[int
 
 
 def own_answer(
-    model: Model, chain: Chain, kind: AnswerKind, labels: Sequence[str] = (), max_new_tokens: int = 12
+    model: Model, run: CachedRun, chain: Chain, kind: AnswerKind, labels: Sequence[str] = (), max_new_tokens: int = 12
 ) -> str:
-    """The reader's greedy answer after the complete chain, as text after the cue; CotfaithError when there is none."""
-    prompt = chain.with_answer("").text
+    """The reader's greedy answer after `run`, the complete chain up to its cue; CotfaithError when there is none."""
     if kind == "choice":
         first = label_tokens(model, chain, labels)
-        tokens = torch.tensor([model.encode(prompt).ids], device=model.info.device)
-        logits = model.run(tokens).logits[0, -1]
-        return f" {labels[int(logits[list(first)].argmax())]}"
-    written = model.generate([prompt], max_new_tokens=max_new_tokens)[0]
-    answer = extract_answer(written, kind)
+        return f" {labels[int(run.logits(1)[0, list(first)].argmax())]}"
+    written: list[int] = []
+    while len(written) < max_new_tokens and (token := int(run.logits(1)[0].argmax())) not in model.stop_tokens:
+        written.append(token)
+        run = run.sibling((*run.tokens, token))
+    answer = extract_answer(model.decode(written), kind)
     if not answer:
-        raise CotfaithError(f"{model.info.name!r} wrote no {kind} after the cue {chain.cue!r}, but {written!r}.")
+        raise CotfaithError(
+            f"{model.info.name!r} wrote no {kind} after the cue {chain.cue!r}, but {model.decode(written)!r}."
+        )
     return f" {answer}"

@@ -69,9 +69,9 @@ class ReaderConfig(_Strict):
 class GenerationConfig(_Strict):
     """How chains are written: tokens at most, temperature (0 is greedy), worked examples shown before each question."""
 
-    max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    few_shot: int = Field(0, ge=0)
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    few_shot: int = Field(default=0, ge=0)
 
 
 class StudyConfig(_Strict):
@@ -128,6 +128,7 @@ def _silent(items: Sequence[Any], label: str) -> Iterable[Any]:
 def run_study(config: StudyConfig, out: str | Path, progress: Progress = _silent) -> RunDirectory:
     """Run what is missing of `config` in the run directory `out`, then estimate, draw and report."""
     run, problems, manifest = _begin(config, out)
+    chains: dict[str, Chain] = {}
     for reader in config.readers:
         started = time.perf_counter()
         model = _load(config, reader, progress)

@@ -50,7 +50,7 @@ def test_forced_answer_is_the_product_of_its_tokens(architecture: str) -> None:
     t = trunk(architecture)
     variants = [replace(t.chain, steps=t.chain.steps[:keep]) for keep in (0, 2, 4)]
     answers = [" 17", " 9"]
-    for variant, row in zip(variants, t.read(variants, answers), strict=True):
+    for variant, row in zip(variants, t.read([(variant, answers) for variant in variants]), strict=True):
         for answer, reading in zip(answers, row, strict=True):
             text = variant.with_answer(answer).text
             ids = t.model.encode(text).ids

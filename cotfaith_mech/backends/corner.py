@@ -1,13 +1,13 @@
 """The engine: counterfactuals of one base run, each by re-running only the corner that its edit can reach.
 
 A decoder is causal: an edit at layer l and position p changes only layers >= l at positions >= p.
-1. The base run is computed once; its residual stream before every layer and all K/V are kept.
+1. The base run is computed once; its residual stream around every layer and all K/V are kept.
 2. Counterfactuals are grouped by their first position p; a group shares the frozen K/V before p.
 3. One upward pass serves a group: a row starts at its own first layer, with the base's residual stream there, and
    joins the batch when the pass reaches that layer. Layers below the first row are passed through, not executed.
 4. Logits are computed at the answer positions alone and reduced on the model's device.
-A text variant is the case l = 0: it shares the K/V of the longest common prefix with the base run's tokens.
-Modules, masks, rotary embedding, sliding windows and soft-caps are the model's own.
+A text variant is the case l = 0: it shares the K/V of the longest common prefix with the base run's tokens. So does a
+sibling, a base run of its own. Modules, masks, rotary embedding, sliding windows and soft-caps are the model's own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +31,10 @@ from .hooks import RowEdit, hooked
 if TYPE_CHECKING:
     from .huggingface import HuggingFaceModel
 
-PASS_OVERHEAD = 15
-"""Cost of executing a layer at all, in tokens (weight traffic and launches); a measured rule of thumb for grouping."""
+PASS_OVERHEAD = 40
+"""Cost of executing a layer at all, in tokens (weight traffic and launches); measured on SmolLM2 on two CPU cores."""
+MOST_STARTS = 17
+"""Distinct first positions that one group of cells may join."""
 
 
 class _FrozenPrefix(DynamicLayer):
@@ -57,7 +60,12 @@ class _FrozenPrefix(DynamicLayer):
 
 
 class _Recording(DynamicLayer):
-    """A cache layer that keeps all K/V, whatever window the model's attention has."""
+    """A cache layer that keeps all K/V, whatever window the model's attention has; it may begin with a trunk's."""
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        super().__init__()
+        if keys is not None:
+            self.keys, self.values, self.is_initialized = keys, values, True
 
 
 class _PassThrough(nn.Module):
@@ -71,30 +79,77 @@ Cell = Sequence[ActivationEdit]
 class CornerRun:
     """CachedRun on a Hugging Face decoder; see the module's text for the method.
 
-    Keeps the residual stream `[layer, pos, d_model]` and K/V `[1, kv_head, pos, d_head]` of every layer.
+    Keeps the residual stream `[n_layers + 1, pos, d_model]` (before each layer, after the last) and the K/V
+    `[1, kv_head, pos, d_head]` of every layer. What `tokens` share with `trunk` is taken from there.
     """
 
     accelerated = True
 
-    def __init__(self, model: HuggingFaceModel, tokens: Sequence[int], max_tokens: int = 4096) -> None:
+    def __init__(
+        self,
+        model: HuggingFaceModel,
+        tokens: Sequence[int],
+        trunk: CornerRun | None = None,
+        max_tokens: int = 4096,
+    ) -> None:
         self.model = model
         self.tokens = tuple(tokens)
         self.max_tokens = max_tokens if model.info.device == "cpu" else 8 * max_tokens
-        n_layers = model.info.n_layers
         self._row: Int[Tensor, "1 pos"] = torch.tensor([self.tokens], device=model.info.device)
-        sites = [Site("resid_pre", layer) for layer in range(n_layers)]
-        cache = Cache(layers=[_Recording() for _ in range(n_layers)])
+        n_layers = model.info.n_layers
+        start = 0 if trunk is None else min(trunk._shared(self.tokens), len(self.tokens) - 1)
+        sites = [*(Site("resid_pre", layer) for layer in range(n_layers)), Site("resid_post", n_layers - 1)]
+        old = [()] * n_layers if trunk is None else [(k[:, :, :start], v[:, :, :start]) for k, v in trunk._keys_values]
+        cache = Cache(layers=[_Recording(*pair) for pair in old])
         with torch.no_grad(), hooked(model.layout, d_head=model.info.d_head, read=sites) as store:
-            model.weights.model(input_ids=self._row, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self._residual: Float[Tensor, "layer pos d_model"] = torch.cat([store[site] for site in sites])
+            self._forward(self._row[:, start:], start, 1, cache)
+        new = torch.cat([store[site] for site in sites])
+        self._residual: Float[Tensor, "depth pos d_model"] = (
+            new if trunk is None else torch.cat([trunk._residual[:, :start], new], 1)
+        )
         self._keys_values: list[tuple[Any, Any]] = [
             (layer.keys, layer.values) for layer in cache.layers if isinstance(layer, _Recording)
         ]
 
-    def read(self, sites: Sequence[Site]) -> Mapping[Site, Tensor]:
-        """Activations of the base run at all positions, `[pos, *width]` (pattern: `[head, query, key]`)."""
-        run = self.model.run(self._row, read=sites)
-        return {site: run.activations[site][0] for site in sites}
+    def sibling(self, tokens: Sequence[int]) -> CornerRun:
+        """The base run of other tokens, of which only those after the common prefix are computed."""
+        return CornerRun(self.model, tokens, self, self.max_tokens)
+
+    @torch.no_grad()
+    def logits(self, n_logits: int) -> Float[Tensor, "read vocab"]:
+        """Logits of the base run itself: its last residual stream through norm and unembedding, no layer executed."""
+        start = len(self.tokens) - n_logits
+        with self._joining({self.model.info.n_layers: 1}, start):
+            return self._forward(self._row[:, start:], start, n_logits)[0].float()
+
+    def read(self, sites: Sequence[Site], first: int = 0) -> Mapping[Site, Tensor]:
+        """Activations of the base run from position `first` on, `[pos, *width]` (pattern: `[head, query, key]`).
+
+        The residual stream between layers and v are kept already; other sites cost a pass over those positions.
+        """
+        kept = {site: value[first:] for site in sites if (value := self._kept(site)) is not None}
+        missing = [site for site in sites if site not in kept]
+        return kept | self._computed(missing, first) if missing else kept
+
+    def _kept(self, site: Site) -> Tensor | None:
+        if not 0 <= site.layer < self.model.info.n_layers:
+            return None
+        if site.kind in ("resid_pre", "resid_post"):
+            return self._residual[site.layer + (site.kind == "resid_post")]
+        if site.kind == "v":
+            values = self._keys_values[site.layer][1][0].transpose(0, 1)
+            return values if site.head is None else values[:, site.head]
+        return None
+
+    @torch.no_grad()
+    def _computed(self, sites: Sequence[Site], first: int) -> dict[Site, Tensor]:
+        wants_pattern = any(site.kind == "pattern" for site in sites)
+        with (
+            self.model.attention("eager" if wants_pattern else None),
+            hooked(self.model.layout, d_head=self.model.info.d_head, read=sites) as store,
+        ):
+            self._forward(self._row[:, first:], first, 1)
+        return {site: store[site][0] for site in sites}
 
     @torch.no_grad()
     def edited(self, cells: Sequence[Cell], *, n_logits: int, reduce: Reduce) -> Float[Tensor, "cell metric"]:
@@ -131,18 +186,14 @@ class CornerRun:
         work = Counter[int]()
         for start, layer in zip(starts, layers, strict=True):
             work[start] += n_layers - layer
-        best: list[tuple[float, int]] = [(0.0, 0)]
-        for end in range(1, len(distinct) + 1):
-            options, joint = [], 0
-            for first in range(end - 1, max(-1, end - 17), -1):
+
+        def costs(end: int) -> Iterator[float]:
+            joint = 0
+            for first in range(end - 1, max(-1, end - 1 - MOST_STARTS), -1):
                 joint += work[distinct[first]]
-                cost = joint * (length - distinct[first]) + PASS_OVERHEAD * n_layers
-                options.append((best[first][0] + cost, first))
-            best.append(min(options))
-        edges = [len(distinct)]
-        while edges[-1]:
-            edges.append(best[edges[-1]][1])
-        for first, end in zip(edges[1:], edges[:-1], strict=True):
+                yield joint * (length - distinct[first]) + PASS_OVERHEAD * n_layers
+
+        for first, end in _cheapest_cuts(len(distinct), costs):
             chosen = set(distinct[first:end])
             members = sorted((i for i, s in enumerate(starts) if s in chosen), key=lambda i: layers[i])
             rows = max(1, self.max_tokens // (length - distinct[first]))
@@ -165,8 +216,10 @@ class CornerRun:
             logits = self._forward(self._row[:, start:], start, n_logits)
         return logits[[row_of[i] for i in range(len(cells))]]
 
-    def _forward(self, tokens: Int[Tensor, "row pos"], start: int, keep: int | Tensor) -> Tensor:
-        cache = Cache(layers=[_FrozenPrefix(keys, values, start) for keys, values in self._keys_values])
+    def _forward(self, tokens: Int[Tensor, "row pos"], start: int, keep: int, cache: Cache | None = None) -> Tensor:
+        """Logits at the last `keep` positions of `tokens` (0: all), which stand at `start` after the frozen prefix."""
+        if cache is None:
+            cache = Cache(layers=[_FrozenPrefix(keys, values, start) for keys, values in self._keys_values])
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         return self.model.weights.model(
             input_ids=tokens, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=keep
@@ -174,15 +227,19 @@ class CornerRun:
 
     @contextmanager
     def _joining(self, joins: Mapping[int, int], start: int) -> Iterator[None]:
-        """Rows join at their layers; layers below the first are passed through. Undone on any exit."""
+        """Rows join at their layers (n_layers: after the last); layers below the first are passed through.
+
+        Undone on any exit.
+        """
         decoder: Any = self.model.layout.decoder
         original, first = decoder.layers, min(joins)
+        modules = [*original, self.model.layout.norm]
         handles = []
         try:
             for layer, count in joins.items():
                 rows = self._residual[layer, start:].expand(count, -1, -1)
                 hook = _joiner(rows.clone(), alone=layer == first)
-                handles.append(original[layer].register_forward_pre_hook(hook, with_kwargs=True))
+                handles.append(modules[layer].register_forward_pre_hook(hook, with_kwargs=True))
             decoder.layers = nn.ModuleList([_PassThrough() for _ in range(first)] + list(original[first:]))
             yield
         finally:
@@ -194,42 +251,57 @@ class CornerRun:
     def branches(self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
         """Text variants on the shared trunk, several a batch, right-padded (a causal model never looks there)."""
         starts = [min(self._shared(b.tokens), len(b.tokens) - b.n_logits) for b in branches]
-        order = sorted(range(len(branches)), key=lambda i: (-starts[i], len(branches[i].tokens)))
+        lengths = [len(b.tokens) for b in branches]
+        order = sorted(range(len(branches)), key=lambda i: (-starts[i], lengths[i]))
+
+        def costs(end: int) -> Iterator[float]:
+            start, widest = starts[order[end - 1]], 0
+            for count, i in enumerate(reversed(order[:end]), 1):
+                widest = max(widest, lengths[i])
+                tokens = count * (widest - start)
+                if count > 1 and tokens > self.max_tokens:
+                    return
+                yield tokens + PASS_OVERHEAD
+
         results: dict[int, Tensor] = {}
-        while order:
-            batch = self._batch(order, starts, branches)
-            order = order[len(batch) :]
-            start = min(starts[i] for i in batch)
-            logits, first = self._branch_logits([branches[i] for i in batch], start)
-            for row, i in enumerate(batch):
-                end = len(branches[i].tokens) - start - first
-                results[i] = reduce(logits[row, end - branches[i].n_logits : end].float(), i).cpu()
+        for first, end in _cheapest_cuts(len(order), costs):
+            batch = order[first:end]
+            logits = self._branch_logits([branches[i] for i in batch], starts[batch[-1]])
+            results |= {i: reduce(row.float(), i).cpu() for i, row in zip(batch, logits, strict=True)}
         return [results[i] for i in range(len(branches))]
 
     def _shared(self, tokens: Sequence[int]) -> int:
         pairs = zip(tokens, self.tokens, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(self.tokens)))
 
-    def _batch(self, order: Sequence[int], starts: Sequence[int], branches: Sequence[Branch]) -> list[int]:
-        """The longest head of `order` whose padded, re-read tokens stay within 1.25 of its own and `max_tokens`."""
-        own = 0
-        for count, i in enumerate(order, 1):
-            own += len(branches[i].tokens) - starts[i]
-            start = starts[i]
-            widest = max(len(branches[k].tokens) for k in order[:count])
-            total = count * (widest - start)
-            if count > 1 and (total > 1.25 * own + PASS_OVERHEAD or total > self.max_tokens):
-                return list(order[: count - 1])
-        return list(order)
-
-    def _branch_logits(self, branches: Sequence[Branch], start: int) -> tuple[Tensor, int]:
-        """Logits from the first suffix position that any branch reads, and that position."""
-        widest = max(len(b.tokens) for b in branches) - start
-        rows = [list(b.tokens[start:]) + [0] * (widest + start - len(b.tokens)) for b in branches]
-        first = min(len(b.tokens) - b.n_logits for b in branches) - start
+    def _branch_logits(self, branches: Sequence[Branch], start: int) -> Sequence[Float[Tensor, "read vocab"]]:
+        """Each branch's logits at the positions it reads; nothing else is unembedded."""
+        widest = max(len(b.tokens) for b in branches)
+        rows = [list(b.tokens[start:]) + [0] * (widest - len(b.tokens)) for b in branches]
         tokens = torch.tensor(rows, device=self._row.device)
-        keep = torch.arange(first, widest, device=tokens.device)
-        return self._forward(tokens, start, keep), first
+        reads = [(i, len(b.tokens) - start - n) for i, b in enumerate(branches) for n in range(b.n_logits, 0, -1)]
+        row, position = torch.tensor(reads, device=tokens.device).T
+        gather = self.model.layout.unembed.register_forward_pre_hook(lambda _, args: (args[0][row, position][None],))
+        try:
+            logits = self._forward(tokens, start, keep=0)
+        finally:
+            gather.remove()
+        return logits[0].split([b.n_logits for b in branches])
+
+
+def _cheapest_cuts(n: int, costs: Callable[[int], Iterator[float]]) -> list[tuple[int, int]]:
+    """The cheapest cut of range(n) into segments `[first, end)`, by dynamic programming.
+
+    `costs(end)` gives the costs of the segments that end there, the shortest first.
+    """
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for end in range(1, n + 1):
+        options = enumerate(islice(costs(end), end), 1)
+        best.append(min((best[end - length][0] + cost, end - length) for length, cost in options))
+    edges = [n]
+    while edges[-1]:
+        edges.append(best[edges[-1]][1])
+    return list(zip(edges[1:], edges[:-1], strict=True))
 
 
 def _joiner(rows: Tensor, alone: bool) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -28,6 +28,8 @@ class TextSide:
         self.weights = weights
         self.layout = Layout.of(weights.model)
         self.tokenizer = weights.tokenizer
+        stops = weights.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        self.stop_tokens = frozenset(stops if isinstance(stops, list) else [stops])
         config = weights.model.config.get_text_config()
         parameter = next(weights.model.parameters())
         n_heads = config.num_attention_heads
