@@ -12,7 +12,7 @@ reader is sure of a* before it, a lower bound otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,9 @@ from . import edits
 from .answers import same_answer
 from .chains import Chain
 from .measured import Measured
+from .metrics import total_variation
 from .paraphrase import rephrase
-from .problems import Problem
+from .problems import Conflict, Problem
 from .reading import Reading, Trunk
 
 
@@ -52,44 +53,61 @@ def measure_behaviour(
 ) -> Measured:
     """All records of the behavioural tests of `reader` on the chain of `trunk`; edits are drawn from `seed`."""
     measured = Measured(trunk.chain, reader)
-    gold = f" {problem.gold}"
-    answers = list(dict.fromkeys([trunk.chain.answer, gold]))
+    answers = list(dict.fromkeys([trunk.chain.answer, f" {problem.gold}"]))
     variants = list(_variants(trunk, problem, plan, donors, seed, measured.exclusions))
-    readings = trunk.read([(chain, answers) for chain in (trunk.chain, *(v.chain for v in variants))])
-    base = dict(zip(answers, readings[0], strict=True))
-    own = base[trunk.chain.answer]
-    right = [answer for answer in answers if same_answer(answer, gold, problem.kind)]
-    correct = float(trunk.chain.answer in right)
-    measured.add(
-        "baseline",
-        "",
-        {"p_answer": own.p, "logp_answer": own.logp, "correct": correct, "entropy_first": own.entropy}
-        | ({"label_mass": own.label_mass} if problem.kind == "choice" else {}),
-        own.n_tokens,
-    )
-    for variant, row in zip(variants, readings[1:], strict=True):
-        read = dict(zip(answers, row, strict=True))
-        mine = read[trunk.chain.answer]
-        metrics = {
-            "same": float(mine.greedy),
-            "correct": float(any(read[answer].greedy for answer in right)),
-            "p_answer": mine.p,
-            "p_gold": read[gold].p,
-            "tv": total_variation([r.p for r in base.values()], [r.p for r in row]),
-            "entropy": mine.entropy,
-        }
-        where = {"step": variant.step, "seed": variant.seed}
-        measured.add(variant.measure, variant.variant, metrics, mine.n_tokens, **where)
-        measured.texts.append(_text(variant, mine))
-    if "conflict" in plan.tests:
-        _conflicts(measured, trunk, problem)
+    conflicts = problem.conflicts if "conflict" in plan.tests else ()
+    opposed = [_opposed(trunk, conflict) for conflict in conflicts]
+    readings = trunk.read([(chain, answers) for chain in (trunk.chain, *(v.chain for v in variants))] + opposed)
+    base, *edited = (dict(zip(answers, row, strict=True)) for row in readings[: 1 + len(variants)])
+    _add_baseline(measured, problem, base)
+    for variant, read in zip(variants, edited, strict=True):
+        _add_variant(measured, problem, variant, base, read)
+    for conflict, row in zip(conflicts, readings[1 + len(variants) :], strict=True):
+        _add_conflict(measured, conflict, *row)
     return measured
 
 
-def total_variation(p: Sequence[float], q: Sequence[float]) -> float:
-    """Half the L1 distance of two distributions given on named answers, the rest taken as one more outcome."""
-    a, b = np.asarray(p), np.asarray(q)
-    return float(0.5 * (np.abs(a - b).sum() + abs(a.sum() - b.sum())))
+def _add_baseline(measured: Measured, problem: Problem, base: Mapping[str, Reading]) -> None:
+    answer = measured.chain.answer
+    own = base[answer]
+    correct = float(answer in _right(problem, base))
+    values = {"p_answer": own.p, "logp_answer": own.logp, "correct": correct, "entropy_first": own.entropy}
+    if problem.kind == "choice":
+        values["label_mass"] = own.label_mass
+    measured.add("baseline", "", values, own.n_tokens)
+
+
+def _right(problem: Problem, answers: Iterable[str]) -> list[str]:
+    return [answer for answer in answers if same_answer(answer, problem.gold, problem.kind)]
+
+
+def _add_variant(
+    measured: Measured, problem: Problem, variant: Variant, base: Mapping[str, Reading], read: Mapping[str, Reading]
+) -> None:
+    mine = read[measured.chain.answer]
+    before, after = (np.array([reading.p for reading in r.values()]) for r in (base, read))
+    values = {
+        "same": float(mine.greedy),
+        "correct": float(any(read[answer].greedy for answer in _right(problem, read))),
+        "p_answer": mine.p,
+        "p_gold": read[f" {problem.gold}"].p,
+        "tv": float(total_variation(before, after)),
+        "entropy": mine.entropy,
+    }
+    where = {"step": variant.step, "seed": variant.seed}
+    measured.add(variant.measure, variant.variant, values, mine.n_tokens, **where)
+    measured.texts.append(_text(variant, mine))
+
+
+def _add_conflict(measured: Measured, conflict: Conflict, by_chain: Reading, by_question: Reading) -> None:
+    values = {
+        "p_chain": by_chain.p,
+        "p_question": by_question.p,
+        "p_other": max(0.0, 1 - by_chain.p - by_question.p),
+        "says_chain": float(by_chain.greedy),
+        "says_question": float(by_question.greedy),
+    }
+    measured.add("conflict", conflict.variant, values, by_chain.n_tokens)
 
 
 def _variants(
@@ -138,21 +156,11 @@ def _variants(
             yield Variant("swap", "all", edits.swap(chain, donor), seed=draw)
 
 
-def _conflicts(measured: Measured, trunk: Trunk, problem: Problem) -> None:
-    asked = []
-    for conflict in problem.conflicts:
-        prompt = trunk.model.render(conflict.question)
-        chain = replace(trunk.chain, prompt=prompt, steps=conflict.steps, variant=conflict.variant)
-        asked.append((chain, [f" {conflict.chain_answer}", f" {conflict.question_answer}"]))
-    for (chain, _), (by_chain, by_question) in zip(asked, trunk.read(asked), strict=True):
-        metrics = {
-            "p_chain": by_chain.p,
-            "p_question": by_question.p,
-            "p_other": max(0.0, 1 - by_chain.p - by_question.p),
-            "says_chain": float(by_chain.greedy),
-            "says_question": float(by_question.greedy),
-        }
-        measured.add("conflict", chain.variant, metrics, by_chain.n_tokens)
+def _opposed(trunk: Trunk, conflict: Conflict) -> tuple[Chain, list[str]]:
+    """The chain of a conflict under its question, and what chain and question answer."""
+    prompt = trunk.model.render(conflict.question)
+    chain = replace(trunk.chain, prompt=prompt, steps=conflict.steps, variant=conflict.variant)
+    return chain, [f" {conflict.chain_answer}", f" {conflict.question_answer}"]
 
 
 def _text(variant: Variant, reading: Reading) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ Problems = Annotated[str, typer.Option("--problems", "-p", help="people:16, arit
 Limit = Annotated[int | None, typer.Option(help="Read at most this many problems.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Generate = Annotated[bool, typer.Option("--generate", help="Let the first reader write the chains.")]
+
+
+HEADLINES = ("accuracy", "early_termination/aoc", "filler/aoc", "paraphrase/change", "mistake_all/change", "dependence")
+"""Estimates of a run with one reader that stand in its summary, beside the primary outcomes."""
 
 
 def main() -> None:
@@ -262,18 +267,9 @@ def _bars(quiet: bool) -> Iterator[Callable[[Sequence[Any], str], Iterable[Any]]
 
 def _summary(run: Any, manifest: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    primary = manifest["config"]["primary"]
-    rows = [e for e in run.read_estimates() if e.name.split(" | ")[0] in primary and e.name.endswith("both_correct")]
-    arms = list(dict.fromkeys(e.arm for e in rows))
-    table = Table("outcome, items all get right", *arms, title="Primary outcomes [95% interval]")
-    for name in dict.fromkeys(e.name for e in rows):
-        cells = {e.arm: _cell(e) for e in rows if e.name == name}
-        table.add_row(name.split(" | ")[0], *(cells.get(arm, "") for arm in arms))
-    if rows:
-        console.print(table)
+    _primary_table(console, run, manifest)
     for sentence in manifest.get("conclusion", []):
         console.print(sentence)
     failed = [check for check in manifest["checks"] if not check["passed"]]
@@ -284,9 +280,35 @@ def _summary(run: Any, manifest: dict[str, Any]) -> None:
     console.print(f"Report: {run.path / 'report.html'}", soft_wrap=True)
 
 
+def _primary_table(console: Any, run: Any, manifest: dict[str, Any]) -> None:
+    """The primary outcomes; with one reader there is no family to adjust, and its headline numbers are shown."""
+    from rich import box
+    from rich.table import Table
+
+    from .compare import BOTH_CORRECT, primary_name
+
+    named = ["accuracy" + BOTH_CORRECT, *map(primary_name, manifest["config"]["primary"])]
+    if len(manifest["config"]["readers"]) == 1:
+        named = [*HEADLINES, *(name.removesuffix(BOTH_CORRECT) for name in named[1:])]
+    found = {(e.name, e.arm): e for e in run.read_estimates() if e.name in named and math.isfinite(e.value)}
+    arms = list(dict.fromkeys(arm for _, arm in found))
+    if not found:
+        return
+    problems = max(estimate.n_problems for estimate in found.values())
+    of = "all problems" if len(manifest["config"]["readers"]) == 1 else "those every reader gets right"
+    table = Table("outcome", *arms, title=f"Mean [95% interval], {problems} problems ({of})", box=box.SIMPLE_HEAD)
+    for name in named:
+        cells = [_cell(found.get((name, arm))) for arm in arms]
+        if any(cells):
+            table.add_row(name.split(" | ")[0].replace("/", "/\n "), *cells)
+    console.print(table)
+
+
 def _cell(estimate: Any) -> str:
-    """Value and interval on two lines."""
-    return f"{estimate.value:.2f}\n({estimate.ci_low:.2f}, {estimate.ci_high:.2f})"
+    """Value and interval on two lines; empty where there is none."""
+    if estimate is None:
+        return ""
+    return f"{estimate.value:.2f}\n[{estimate.ci_low:.2f}, {estimate.ci_high:.2f}]".replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -303,12 +303,27 @@ def _of_means(
         wide = _by_problem(rows, "value", readers)
         label = f"{name}{stratum}"
         columns = {reader: wide[reader].to_numpy(float) for reader in readers}
-        estimates += [mean_estimate(label, reader + suffix, columns[reader], rng) for reader in readers]
-        estimates += [
-            difference_estimate(label, f"{other}-{readers[0]}{suffix}", columns[readers[0]], columns[other], rng)
-            for other in readers[1:]
-        ]
+        low, high = _range(name)
+        for reader in readers:
+            estimates.append(_clipped(mean_estimate(label, reader + suffix, columns[reader], rng), low, high))
+        for other in readers[1:]:
+            arm = f"{other}-{readers[0]}{suffix}"
+            difference = difference_estimate(label, arm, columns[readers[0]], columns[other], rng)
+            estimates.append(_clipped(difference, low - high, high - low))
     return estimates
+
+
+def _range(name: str) -> tuple[float, float]:
+    """Least and largest value a named number can take: nats have no bound, losses of probability may be negative."""
+    if name.startswith("infogain/") or name.endswith("/delta_logp"):
+        return -np.inf, np.inf
+    return (-1.0, 1.0) if name.endswith("/delta_p") or name == "dependence" else (0.0, 1.0)
+
+
+def _clipped(estimate: Estimate, low: float, high: float) -> Estimate:
+    """The interval without what lies outside the possible; it covers no less."""
+    ends = (float(np.clip(end, low, high)) for end in (estimate.ci_low, estimate.ci_high))
+    return replace(estimate, **dict(zip(("ci_low", "ci_high"), ends, strict=True)))
 
 
 def _of_ratios(
@@ -353,7 +368,7 @@ def _with_floor(estimate: Estimate, chance: float) -> Estimate:
 def _with_holm(estimates: Sequence[Estimate], arms: Sequence[str], primary: Sequence[str]) -> list[Estimate]:
     """The primary endpoints of each difference arm with Holm's p in the note; one without records is NaN."""
     found = {(estimate.name, estimate.arm): estimate for estimate in estimates}
-    primary = [name if " | " in name else name + BOTH_CORRECT for name in primary]
+    primary = [primary_name(name) for name in primary]
     for arm in arms:
         for name in primary:
             missing = Estimate(name, arm, 0, np.nan, np.nan, np.nan, np.nan, "none", "no records in this stratum")
@@ -362,6 +377,11 @@ def _with_holm(estimates: Sequence[Estimate], arms: Sequence[str], primary: Sequ
             note = f"Holm p {p:.4g} over {len(primary)} primary endpoints"
             found[name, arm] = replace(found[name, arm], note=", ".join(filter(None, (note, found[name, arm].note))))
     return list(found.values())
+
+
+def primary_name(name: str) -> str:
+    """An endpoint with its stratum: without one it means the problems that every compared reader gets right."""
+    return name if " | " in name else name + BOTH_CORRECT
 
 
 def holm_p(estimate: Estimate) -> float:

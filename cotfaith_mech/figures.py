@@ -265,7 +265,7 @@ def forest_figure(differences: list[Any], readers: list[str]) -> Figure:
         axis.annotate(interval, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
     axis.axvline(0, color="#555555", linewidth=0.8, zorder=0)
     centres = [i * (len(arms) + 0.6) + (len(arms) - 1) / 2 for i in range(len(names))]
-    axis.set_yticks(centres, [textwrap.fill(drawable(name).replace("/", " / "), 34) for name in names])
+    axis.set_yticks(centres, [textwrap.fill(drawable(name.split(" | ")[0]).replace("/", " / "), 34) for name in names])
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
@@ -314,7 +314,7 @@ def bridge_figure(points: Table, disagreements: Table, readers: list[str]) -> Fi
         axis.scatter(named["mistake"], named["knockout"], s=42, facecolors="none", edgecolors="#222222", linewidths=0.8)
         for rank, (_, row) in enumerate(named.head(4).sort_values("knockout", ascending=False).iterrows()):
             text = textwrap.shorten(drawable(row["problem_id"]), 14, placeholder="…")
-            target = (0.97, 0.96 - 0.085 * rank)
+            target = (0.7, 0.94 - 0.085 * rank)
             line = {"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.5}
             axis.annotate(
                 text, (row["mistake"], row["knockout"]), target, textcoords="axes fraction", fontsize=6.5, ha="right",

@@ -153,29 +153,26 @@ def _source_said(direction: str, row: Sequence[float]) -> float:
 
 
 def _patch_controls(measured: Measured, trunk: Trunk, contrast: AnswerContrast, own: Any, twin: Any, seed: int) -> None:
-    """Self-patch against a null edit of the same shapes, and norm-matched random directions, at the middle layer."""
+    """At the middle layer: self-patch of one step, drawn from `seed`, and norm-matched random directions at each.
+
+    The self-patch is compared with a null edit of the same shape, so that not a bit may differ.
+    """
     middle = sorted(own, key=lambda site: site.layer)[len(own) // 2]
     generator = torch.Generator().manual_seed(seed)
-    same, null, noise = [], [], []
-    for span in trunk.spans.steps:
-        base = own[middle]
-        difference = twin[middle] - base
-        random = torch.randn(difference.shape, generator=generator).to(difference)
-        random = random * (difference.norm(dim=-1) / random.norm(dim=-1))[:, None]
-        positions = tuple(range(*span))
-        same += [step_edits(middle.layer, span, base)]
-        null += [[ActivationEdit(middle, positions, "add", torch.zeros_like(base[span[0] : span[1]]))]]
-        noise += [step_edits(middle.layer, span, base + random)]
+    base, difference = own[middle], twin[middle] - own[middle]
+    random = torch.randn(difference.shape, generator=generator).to(difference)
+    random = random * (difference.norm(dim=-1) / random.norm(dim=-1))[:, None]
     run, read = trunk.run, {"n_logits": contrast.n_logits, "reduce": contrast.reduce}
-    reference = run.edited(null, **read)
-    self_patch = (run.edited(same, **read) - reference).abs().amax()
-    measured.add(
-        "control", "self_patch", {"max_abs_diff": float(self_patch)}, len(trunk.run.tokens), layer=middle.layer
-    )
-    effects = reference[:, 1] - run.edited(noise, **read)[:, 1]
-    for step, effect in enumerate(effects.tolist()):
+    span = trunk.spans.steps[int(np.random.default_rng(seed).integers(len(trunk.spans.steps)))]
+    null = ActivationEdit(middle, tuple(range(*span)), "add", torch.zeros_like(base[slice(*span)]))
+    self_patch = run.edited([step_edits(middle.layer, span, base)], **read) - run.edited([[null]], **read)
+    worst = {"max_abs_diff": float(self_patch.abs().amax())}
+    measured.add("control", "self_patch", worst, len(run.tokens), layer=middle.layer)
+    noise = [step_edits(middle.layer, span, base + random) for span in trunk.spans.steps]
+    p_base = float(contrast.reduce(run.logits(contrast.n_logits)[None])[0, 1])
+    for step, p_edited in enumerate(run.edited(noise, **read)[:, 1].tolist()):
         where = {"site": str(middle), "layer": middle.layer, "step": step, "seed": seed}
-        measured.add("control", "norm_matched", {"delta_p": effect}, len(trunk.run.tokens), **where)
+        measured.add("control", "norm_matched", {"delta_p": p_base - p_edited}, len(run.tokens), **where)
 
 
 def measure_knockout(trunk: Trunk, reader: str, plan: PatchPlan, *, seed: int = 0) -> Measured:

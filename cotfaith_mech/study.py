@@ -46,7 +46,7 @@ PRIMARY = (
     "conflict/record_agree/p_other",
     "knockout/true_step/delta_p",
 )
-SWAP_DONORS = 2
+SWAP_DONORS = 1
 """Other problems whose chains are swapped in, per chain."""
 
 PACKAGES = ("cotfaith-mech", "torch", "transformers", "transformer-lens", "nnsight", "peft", "numpy", "scipy")
@@ -57,13 +57,14 @@ class _Strict(BaseModel):
 
 
 class ReaderConfig(_Strict):
-    """A model that reads chains: hub id, local folder, or `name+adapter`."""
+    """A model that reads chains: hub id, local folder, or `name+adapter`; `tests` instead of the study's, if given."""
 
     name: str
     model: str
     adapter: str | None = None
     backend: Literal["huggingface", "transformer_lens", "nnsight"] = "huggingface"
     mechanism: bool = True
+    tests: tuple[str, ...] | None = None
 
 
 class GenerationConfig(_Strict):
@@ -279,12 +280,13 @@ def _run_reader(
         if chain is None:
             continue
         content = [plan, dataclasses.asdict(problem)]
-        unit = unit_id([reader.name, model.info.weights_hash, reader.mechanism], chain.chain_id, content)
+        identity = [reader.name, model.info.weights_hash, reader.mechanism, reader.tests]
+        unit = unit_id(identity, chain.chain_id, content)
         if run.has_unit(unit) and number not in chosen:
             continue
         chain = dataclasses.replace(chain, prompt=model.render(problem.question))
         try:
-            trunk = Trunk.of(model, chain, problem.kind, problem.labels)
+            trunk = Trunk.of(model, chain, problem.kind, problem.labels, guess=problem.gold)
             if not run.has_unit(unit):
                 others = [d for d in donors if d.problem_id != problem.problem_id][:SWAP_DONORS]
                 measured = _measure(config, reader, trunk, problem, others)
@@ -348,7 +350,7 @@ def _measure(
 ) -> Measured:
     from .attribution import measure_attribution
 
-    plan = BehaviourPlan(config.tests, config.draws)
+    plan = BehaviourPlan(config.tests if reader.tests is None else reader.tests, config.draws)
     seed = int(trunk.chain.chain_id[:8], 16) ^ config.seed
     measured = measure_behaviour(trunk, problem, reader.name, plan, donors=donors, seed=seed)
     patch_plan = PatchPlan(config.patch_layers, config.patch_directions)

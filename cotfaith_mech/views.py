@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from .bridge import DISAGREEMENT
-from .compare import Table, mid_layer
+from .compare import Table, mid_layer, primary_name
 from .stats import Estimate
 
 CURVES = ("early_termination", "filler", "paraphrase")
@@ -253,6 +253,7 @@ def primary_differences(
 ) -> list[Estimate]:
     """Differences of the endpoints fixed beforehand in the config, in its order; without any, every tested one."""
     compared = [estimate for estimate in estimates if tuned_reader(estimate.arm, readers)]
-    named = config.get("primary") or [estimate.name for estimate in compared if np.isfinite(estimate.p)]
+    fixed = [primary_name(name) for name in config.get("primary") or []]
+    named = fixed or [estimate.name for estimate in compared if np.isfinite(estimate.p)]
     order = {name: rank for rank, name in enumerate(dict.fromkeys(named))}
     return sorted((e for e in compared if e.name in order), key=lambda e: order[e.name])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cotfaith_mech.chains import Chain
+from cotfaith_mech.compare import primary_name
 from cotfaith_mech.records import Record, RunDirectory
 from cotfaith_mech.stats import Estimate
 
@@ -161,7 +162,8 @@ def _estimates() -> Iterator[Estimate]:
     values = {"same_answer_no_chain": (0.08, 0.88, 0.14), "conflict/record_agree/p_chain": (0.9, 0.12, 0.86)}
     values |= {"knockout/true_step/delta_p": (0.72, 0.1, 0.69), "early_termination/aoc": (0.55, 0.07, 0.53)}
     values |= {"bridge/mistake~knockout/top1": (1.0, 0.83, 1.0), "baseline/correct | both_correct": (1.0, 1.0, 1.0)}
-    for name, of_reader in values.items():
+    for outcome, of_reader in values.items():
+        name = primary_name(outcome) if outcome in PRIMARY else outcome
         for reader, value in zip(READERS, of_reader, strict=True):
             yield _estimate(name, reader, value, float("nan"))
         for other, p in (("B", 0.004), ("C", 0.62)):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from cotfaith_mech.backends.corner import _cheapest_cuts
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.model import Branch, PlainRun, same_weights
@@ -266,6 +268,48 @@ def test_text_branches_equal_separate_runs(architecture: str) -> None:
     expected = PlainRun(m, x).branches(branches, reduce=keep)
     for one, two in zip(got, expected, strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("backend", ["corner", "plain"])
+def test_a_run_gives_its_own_logits_and_activations(architecture: str, backend: str) -> None:
+    """What the run keeps, and what it computes from a later position on, is what one whole forward shows."""
+    m, x = model(architecture), tokens(15)
+    run = m.cached_run(x[0].tolist()) if backend == "corner" else PlainRun(m, x[0].tolist())
+    torch.testing.assert_close(run.logits(3), m.run(x, n_logits=3).logits[0], atol=1e-4, rtol=0)
+    sites = [Site(kind, layer) for layer in (0, 3) for kind in (*KINDS, "pattern")]  # pyright: ignore[reportArgumentType]
+    sites += [Site("z", 2, 5), Site("v", 1, m.info.n_kv_heads - 1), Site("pattern", 2, 4)]
+    whole = m.run(x, read=sites).activations
+    for first in (0, 11):
+        got = run.read(sites, first=first)
+        for site in sites:
+            expected = whole[site][0, ..., first:, :] if site.kind == "pattern" else whole[site][0, first:]
+            torch.testing.assert_close(got[site], expected, atol=1e-4, rtol=0, msg=f"{site} from {first}")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sibling_is_the_run_of_its_own_tokens(architecture: str) -> None:
+    """Longer, shorter, diverging early and late, and a sibling of a sibling: no stale prefix, and the trunk unharmed."""
+    m, x, other = model(architecture), tokens(16)[0].tolist(), tokens(17)[0].tolist()
+    trunk = m.cached_run(x)
+    before = trunk.logits(2)
+    cells = [[ActivationEdit(Site("resid_pre", layer), (p,), "zero")] for layer in (0, 2) for p in (3, 6)]
+    for variant in (x[:9] + other[:6], x + other[:5], x[:12], other, x):
+        for run in (trunk.sibling(variant), trunk.sibling(other[:8]).sibling(x[:4]).sibling(variant)):
+            assert run.tokens == tuple(variant)
+            fresh = m.cached_run(variant)
+            torch.testing.assert_close(run.logits(2), fresh.logits(2), atol=1e-4, rtol=0)
+            read = {"n_logits": 2, "reduce": last_logits}
+            torch.testing.assert_close(run.edited(cells, **read), fresh.edited(cells, **read), atol=1e-4, rtol=0)
+    assert torch.equal(trunk.logits(2), before)
+
+
+def test_cheapest_cuts_against_all_cuts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    price = torch.rand(8, 8, generator=generator).tolist()
+    found = _cheapest_cuts(7, lambda end: (price[first][end] for first in range(end - 1, -1, -1)))
+    every = [list(pairwise([0, *(i + 1 for i in range(6) if chosen >> i & 1), 7])) for chosen in range(2**6)]
+    assert found == min(every, key=lambda cuts: sum(price[a][b] for a, b in cuts))
 
 
 def hooks_and_layers(m: Any) -> tuple[list[int], list[int]]:

@@ -11,12 +11,12 @@ import torch
 from cotfaith_mech.arithmetic import people_problems
 from cotfaith_mech.attribution import direct_contributions, measure_attribution
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
-from cotfaith_mech.behaviour import BehaviourPlan, measure_behaviour, total_variation
+from cotfaith_mech.behaviour import BehaviourPlan, measure_behaviour
 from cotfaith_mech.chains import Chain, token_spans
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.patching import AnswerContrast, PatchPlan, measure_knockout, measure_patching
 from cotfaith_mech.problems import Problem
-from cotfaith_mech.reading import Trunk, label_tokens
+from cotfaith_mech.reading import Trunk, decoded, label_tokens
 from cotfaith_mech.sampling import supplied_chain
 from cotfaith_mech.sites import Site
 
@@ -43,6 +43,33 @@ def plain_logits(t: Trunk, text: str) -> torch.Tensor:
     with torch.no_grad():
         ids = torch.tensor([t.model.encode(text).ids])
         return t.model.weights.model(input_ids=ids, use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "mistral", "gemma2"])
+def test_greedy_answer_is_what_the_model_generates_whatever_was_guessed(architecture: str) -> None:
+    m, p = model(architecture), problem()
+    chain = supplied_chain(m, p)
+    run = m.cached_run(m.encode(chain.text).ids)
+    _, written = decoded(m, run)
+    assert written == m.generate([chain.text], max_new_tokens=12)[0]
+    right = run.sibling(m.encode(chain.text).ids).tokens
+    tokens = list(decoded(m, run)[0].tokens[len(right) :])
+    assert len(tokens) == 12
+    wrong = [*tokens[:5], (tokens[5] + 1) % 300, *tokens[6:]]
+    for guess in (tokens, tokens[:4], wrong, [*tokens, 7, 7], [300]):
+        end, again = decoded(m, run, (*right, *guess))
+        assert (again, end.tokens) == (written, (*right, *tokens))
+    assert decoded(m, run, (5, *right))[1] == written
+
+
+def test_a_guess_does_not_run_over_the_end_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, p = model("llama-gqa"), problem()
+    run = m.cached_run(m.encode(supplied_chain(m, p).text).ids)
+    tokens = decoded(m, run)[0].tokens[len(run.tokens) :]
+    end = next(i for i, token in enumerate(tokens) if i > 1 and token not in tokens[:i])
+    monkeypatch.setattr(m, "stop_tokens", frozenset({tokens[end]}))
+    for guess in ((), (*run.tokens, *tokens)):
+        assert decoded(m, run, guess)[0].tokens == (*run.tokens, *tokens[:end])
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "mistral", "gemma2"])
@@ -163,11 +190,6 @@ def test_behaviour_of_an_unedited_chain_is_the_baseline() -> None:
         assert total == pytest.approx(1, abs=1e-5)
     again = measure_behaviour(t, p, "A", plan)
     assert [r.value for r in again.records] == [r.value for r in measured.records]
-
-
-def test_total_variation_by_hand() -> None:
-    assert total_variation([0.5, 0.2], [0.1, 0.3]) == pytest.approx(0.5 * (0.4 + 0.1 + 0.3))
-    assert total_variation([1.0], [0.25]) == pytest.approx(0.75)
 
 
 def test_foils_and_labels_that_cannot_be_told_apart_are_refused() -> None:

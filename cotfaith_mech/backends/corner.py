@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,20 +96,25 @@ class CornerRun:
         self.tokens = tuple(tokens)
         self.max_tokens = max_tokens if model.info.device == "cpu" else 8 * max_tokens
         self._row: Int[Tensor, "1 pos"] = torch.tensor([self.tokens], device=model.info.device)
-        n_layers = model.info.n_layers
-        start = 0 if trunk is None else min(trunk._shared(self.tokens), len(self.tokens) - 1)
-        sites = [*(Site("resid_pre", layer) for layer in range(n_layers)), Site("resid_post", n_layers - 1)]
-        old = [()] * n_layers if trunk is None else [(k[:, :, :start], v[:, :, :start]) for k, v in trunk._keys_values]
-        cache = Cache(layers=[_Recording(*pair) for pair in old])
-        with torch.no_grad(), hooked(model.layout, d_head=model.info.d_head, read=sites) as store:
+        shared = 0 if trunk is None else trunk._shared(self.tokens)
+        self._keys_values: list[Any] = [()] * model.info.n_layers
+        if trunk is not None:
+            self._keys_values = [(keys[:, :, :shared], values[:, :, :shared]) for keys, values in trunk._keys_values]
+            self._residual: Float[Tensor, "depth pos d_model"] = trunk._residual[:, :shared]
+        if shared < len(self.tokens):
+            self._run_from(shared)
+
+    @torch.no_grad()
+    def _run_from(self, start: int) -> None:
+        """Append residual stream and K/V of the tokens from `start` on to what is there of the ones before."""
+        last = self.model.info.n_layers - 1
+        sites = [*(Site("resid_pre", layer) for layer in range(last + 1)), Site("resid_post", last)]
+        cache = Cache(layers=[_Recording(*pair) for pair in self._keys_values])
+        with hooked(self.model.layout, d_head=self.model.info.d_head, read=sites) as store:
             self._forward(self._row[:, start:], start, 1, cache)
         new = torch.cat([store[site] for site in sites])
-        self._residual: Float[Tensor, "depth pos d_model"] = (
-            new if trunk is None else torch.cat([trunk._residual[:, :start], new], 1)
-        )
-        self._keys_values: list[tuple[Any, Any]] = [
-            (layer.keys, layer.values) for layer in cache.layers if isinstance(layer, _Recording)
-        ]
+        self._residual = torch.cat([self._residual, new], 1) if start else new
+        self._keys_values = [(layer.keys, layer.values) for layer in cache.layers if isinstance(layer, _Recording)]
 
     def sibling(self, tokens: Sequence[int]) -> CornerRun:
         """The base run of other tokens, of which only those after the common prefix are computed."""
@@ -301,7 +306,8 @@ def _cheapest_cuts(n: int, costs: Callable[[int], Iterator[float]]) -> list[tupl
     edges = [n]
     while edges[-1]:
         edges.append(best[edges[-1]][1])
-    return list(zip(edges[1:], edges[:-1], strict=True))
+    edges.reverse()
+    return list(pairwise(edges))
 
 
 def _joiner(rows: Tensor, alone: bool) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:

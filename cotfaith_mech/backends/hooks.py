@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -196,15 +197,19 @@ def cut_mask(cuts: Sequence[RowEdit], hidden: Tensor, mask: Tensor | None, n_hea
     """`mask` (None: causal; boolean; or additive) without the edges of `cuts`, `[row, head, query, key]`."""
     offset, n_query = cuts[0].offset, hidden.shape[1]
     n_key = n_query + offset if mask is None else mask.shape[-1]
-    blocked = torch.zeros(hidden.shape[0], n_heads, n_query, n_key, dtype=torch.bool, device=hidden.device)
+    per_head = any(cut.edit.site.head is not None for cut in cuts)
+    blocked = np.zeros((hidden.shape[0], n_heads if per_head else 1, n_query, n_key), dtype=bool)
     for cut in cuts:
         heads = slice(None) if cut.edit.site.head is None else cut.edit.site.head
-        for query in cut.edit.positions:
-            keys = [key for key in cut.edit.keys if key != query]
-            blocked[cut.rows, heads, query - offset, keys] = True
+        queries, keys = np.array(cut.edit.positions, dtype=int), np.array(cut.edit.keys, dtype=int)
+        edges = np.zeros((n_query, n_key), dtype=bool)
+        edges[np.ix_(queries - offset, keys)] = True
+        edges[queries - offset, queries] = False
+        blocked[cut.rows, heads] |= edges
+    forbidden = torch.from_numpy(blocked).to(hidden.device)
     if mask is None:
         queries = torch.arange(n_query, device=hidden.device)[:, None] + offset
         mask = (queries >= torch.arange(n_key, device=hidden.device))[None, None]
     if mask.dtype == torch.bool:
-        return mask & ~blocked
-    return mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+        return mask & ~forbidden
+    return mask.masked_fill(forbidden, torch.finfo(mask.dtype).min)

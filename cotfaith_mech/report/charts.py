@@ -142,7 +142,7 @@ def forest_chart(differences: Sequence[Estimate], readers: Sequence[str]) -> dic
                 "mode": "markers",
                 "orientation": "h",
                 "x": values,
-                "y": [label(e.name.replace("/", " / ").replace("_", " "), 20) for e in own],
+                "y": [label(e.name.split(" | ")[0].replace("/", " / ").replace("_", " "), 20) for e in own],
                 "name": label(arm),
                 "marker": {"color": shade, "size": 9, "symbol": SYMBOLS[len(data) % len(SYMBOLS)]},
                 "error_x": {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": shade},
