@@ -259,6 +259,7 @@ def test_text_branches_equal_separate_runs(architecture: str) -> None:
     m, x = model(architecture), tokens(8)[0].tolist()
     other = tokens(9)[0].tolist()
     variants = [x, x[:5] + x[12:], other[:7], x[:14] + other[:9], x[:1] + other[2:6], x[:-1]]
+    variants += [[*x, 5, 6, 7], [*x, 5, 6, 8], other, other, x[:14] + other[:8]]
     branches = [Branch(tuple(v), 1 + n % 3) for n, v in enumerate(variants)]
 
     def keep(logits: Tensor, index: int) -> Tensor:

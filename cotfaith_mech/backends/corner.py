@@ -6,15 +6,16 @@ A decoder is causal: an edit at layer l and position p changes only layers >= l 
 3. One upward pass serves a group: a row starts at its own first layer, with the base's residual stream there, and
    joins the batch when the pass reaches that layer. Layers below the first row are passed through, not executed.
 4. Logits are computed at the answer positions alone and reduced on the model's device.
-A text variant is the case l = 0: it shares the K/V of the longest common prefix with the base run's tokens. So does a
-sibling, a base run of its own. Modules, masks, rotary embedding, sliding windows and soft-caps are the model's own.
+A text variant is the case l = 0: it shares the K/V of the longest common prefix with the base run's tokens, and the
+variants of one call are trees packed into rows (forest.py). A sibling shares that prefix too and is a base run of its
+own. Modules, rotary embedding, attention and soft-caps are the model's own; masks are, but for packed trees.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..errors import CotfaithError
 from ..model import Branch, Reduce
 from ..sites import ActivationEdit, Site
+from .forest import Batch, packed
 from .hooks import RowEdit, hooked
 
 if TYPE_CHECKING:
@@ -221,11 +223,19 @@ class CornerRun:
             logits = self._forward(self._row[:, start:], start, n_logits)
         return logits[[row_of[i] for i in range(len(cells))]]
 
-    def _forward(self, tokens: Int[Tensor, "row pos"], start: int, keep: int, cache: Cache | None = None) -> Tensor:
+    def _forward(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        start: int,
+        keep: int,
+        cache: Cache | None = None,
+        positions: Int[Tensor, "row pos"] | None = None,
+    ) -> Tensor:
         """Logits at the last `keep` positions of `tokens` (0: all), which stand at `start` after the frozen prefix."""
         if cache is None:
             cache = Cache(layers=[_FrozenPrefix(keys, values, start) for keys, values in self._keys_values])
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         return self.model.weights.model(
             input_ids=tokens, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=keep
         ).logits
@@ -254,44 +264,48 @@ class CornerRun:
 
     @torch.no_grad()
     def branches(self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
-        """Text variants on the shared trunk, several a batch, right-padded (a causal model never looks there)."""
-        starts = [min(self._shared(b.tokens), len(b.tokens) - b.n_logits) for b in branches]
-        lengths = [len(b.tokens) for b in branches]
-        order = sorted(range(len(branches)), key=lambda i: (-starts[i], lengths[i]))
-
-        def costs(end: int) -> Iterator[float]:
-            start, widest = starts[order[end - 1]], 0
-            for count, i in enumerate(reversed(order[:end]), 1):
-                widest = max(widest, lengths[i])
-                tokens = count * (widest - start)
-                if count > 1 and tokens > self.max_tokens:
-                    return
-                yield tokens + PASS_OVERHEAD
-
+        """Text variants as trees on the shared trunk, many a pass; see forest.py."""
+        variants = []
+        for branch in branches:
+            root = min(self._shared(branch.tokens), len(branch.tokens) - branch.n_logits)
+            variants.append((root, branch.tokens[root:], branch.n_logits))
         results: dict[int, Tensor] = {}
-        for first, end in _cheapest_cuts(len(order), costs):
-            batch = order[first:end]
-            logits = self._branch_logits([branches[i] for i in batch], starts[batch[-1]])
-            results |= {i: reduce(row.float(), i).cpu() for i, row in zip(batch, logits, strict=True)}
+        for batch in packed(variants, self.max_tokens, self.model.info.d_model) if variants else ():
+            logits = self._batch_logits(batch)
+            for number, row in zip(batch.variants, logits, strict=True):
+                results[number] = reduce(row.float(), number).cpu()
         return [results[i] for i in range(len(branches))]
+
+    def _batch_logits(self, batch: Batch) -> Sequence[Float[Tensor, "read vocab"]]:
+        """Each variant's logits at the positions it reads; nothing else is unembedded."""
+        device, model = self._row.device, self.model
+        start = int(batch.roots.max())
+        row = torch.tensor([row for row, slots in batch.reads for _ in slots], device=device)
+        slot = torch.tensor([slot for _, slots in batch.reads for slot in slots], device=device)
+        masks = {window: self._mask(batch, start, window) for window in {m.window for m in model.layout.layers}}
+        with ExitStack() as stack:
+            for modules in model.layout.layers:
+                hook = _masked(masks[modules.window])
+                stack.callback(modules.layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            only_read = model.layout.unembed.register_forward_pre_hook(lambda _, args: (args[0][row, slot][None],))
+            stack.callback(only_read.remove)
+            tokens, positions = (torch.from_numpy(a).to(device) for a in (batch.tokens, batch.positions))
+            logits = self._forward(tokens, start, keep=0, positions=positions)
+        return logits[0].split([len(slots) for _, slots in batch.reads])
+
+    def _mask(self, batch: Batch, start: int, window: int | None) -> Tensor:
+        """Boolean, or additive where attention is eager and would add a boolean as 0 and 1."""
+        visible = torch.from_numpy(batch.visible(start, window)).to(self._row.device)
+        if not self.model.is_eager:
+            return visible
+        dtype = self._residual.dtype
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
+        )
 
     def _shared(self, tokens: Sequence[int]) -> int:
         pairs = zip(tokens, self.tokens, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(self.tokens)))
-
-    def _branch_logits(self, branches: Sequence[Branch], start: int) -> Sequence[Float[Tensor, "read vocab"]]:
-        """Each branch's logits at the positions it reads; nothing else is unembedded."""
-        widest = max(len(b.tokens) for b in branches)
-        rows = [list(b.tokens[start:]) + [0] * (widest - len(b.tokens)) for b in branches]
-        tokens = torch.tensor(rows, device=self._row.device)
-        reads = [(i, len(b.tokens) - start - n) for i, b in enumerate(branches) for n in range(b.n_logits, 0, -1)]
-        row, position = torch.tensor(reads, device=tokens.device).T
-        gather = self.model.layout.unembed.register_forward_pre_hook(lambda _, args: (args[0][row, position][None],))
-        try:
-            logits = self._forward(tokens, start, keep=0)
-        finally:
-            gather.remove()
-        return logits[0].split([b.n_logits for b in branches])
 
 
 def _cheapest_cuts(n: int, costs: Callable[[int], Iterator[float]]) -> list[tuple[int, int]]:
@@ -308,6 +322,15 @@ def _cheapest_cuts(n: int, costs: Callable[[int], Iterator[float]]) -> list[tupl
         edges.append(best[edges[-1]][1])
     edges.reverse()
     return list(pairwise(edges))
+
+
+def _masked(mask: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Layer pre-hook that puts `mask` in place of the one the model made."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": mask}
+
+    return hook
 
 
 def _joiner(rows: Tensor, alone: bool) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:

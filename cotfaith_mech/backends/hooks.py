@@ -23,13 +23,14 @@ from ..sites import ActivationEdit, Site
 
 @dataclass(frozen=True)
 class LayerModules:
-    """The modules of one decoder layer at whose input or output the sites lie."""
+    """The modules of one decoder layer at whose input or output the sites lie, and its sliding window (None: all)."""
 
     layer: nn.Module
     attention: Any
     attn_out: nn.Module
     mid_norm: nn.Module
     mlp_out: nn.Module
+    window: int | None
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,13 @@ def _layer_modules(layer: Any) -> LayerModules:
             f"{type(layer).__name__} lacks {', '.join(missing) or 'self_attn.o_proj'}: not a Llama-class layer; "
             "load the model with backend='transformer_lens'."
         )
+    attention = layer.self_attn
+    window = getattr(attention.config, "sliding_window", None)
+    window = getattr(attention, "sliding_window", window)
     if hasattr(layer, "pre_feedforward_layernorm"):
-        return LayerModules(
-            layer,
-            layer.self_attn,
-            layer.post_attention_layernorm,
-            layer.pre_feedforward_layernorm,
-            layer.post_feedforward_layernorm,
-        )
-    return LayerModules(layer, layer.self_attn, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
+        norms = (layer.post_attention_layernorm, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm)
+        return LayerModules(layer, attention, *norms, window)
+    return LayerModules(layer, attention, attention, layer.post_attention_layernorm, layer.mlp, window)
 
 
 @dataclass(frozen=True)

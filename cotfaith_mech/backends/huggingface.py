@@ -42,6 +42,11 @@ class HuggingFaceModel(TextSide):
             out = self.weights.model(input_ids=tokens, use_cache=False, logits_to_keep=n_logits)
         return Run(out.logits, store)
 
+    @property
+    def is_eager(self) -> bool:
+        """Whether attention adds its mask to the scores, as eager attention does."""
+        return self.weights.model.config.get_text_config()._attn_implementation == "eager"
+
     @contextmanager
     def attention(self, implementation: str | None) -> Iterator[None]:
         """Use another attention implementation inside; None keeps the model's own."""
