@@ -20,7 +20,8 @@ check: $(DEV)
 	$(BIN)/python -m pyright
 
 $(BIN)/pip:
-	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV) 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
 
 $(USE): $(BIN)/pip pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch

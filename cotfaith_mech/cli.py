@@ -281,34 +281,37 @@ def _summary(run: Any, manifest: dict[str, Any]) -> None:
 
 
 def _primary_table(console: Any, run: Any, manifest: dict[str, Any]) -> None:
-    """The primary outcomes; with one reader there is no family to adjust, and its headline numbers are shown."""
+    """Accuracy on all problems and the primary outcomes; for one reader its headline numbers instead."""
     from rich import box
     from rich.table import Table
 
     from .compare import BOTH_CORRECT, primary_name
 
-    named = ["accuracy" + BOTH_CORRECT, *map(primary_name, manifest["config"]["primary"])]
-    if len(manifest["config"]["readers"]) == 1:
-        named = [*HEADLINES, *(name.removesuffix(BOTH_CORRECT) for name in named[1:])]
+    compared = len(manifest["config"]["readers"]) > 1
+    primary = [primary_name(name) for name in manifest["config"]["primary"]]
+    named = ["accuracy", *primary] if compared else [*HEADLINES, *(n.removesuffix(BOTH_CORRECT) for n in primary)]
     found = {(e.name, e.arm): e for e in run.read_estimates() if e.name in named and math.isfinite(e.value)}
     arms = list(dict.fromkeys(arm for _, arm in found))
-    if not found:
-        return
-    problems = max(estimate.n_problems for estimate in found.values())
-    of = "all problems" if len(manifest["config"]["readers"]) == 1 else "those every reader gets right"
-    table = Table("outcome", *arms, title=f"Mean [95% interval], {problems} problems ({of})", box=box.SIMPLE_HEAD)
+    n_problems = max((estimate.n_problems for (name, _), estimate in found.items() if name in named[1:]), default=0)
+    of = f"the {n_problems} problems every reader gets right" if compared else f"{n_problems} problems"
+    table = Table("", title=f"Mean [95% interval] over {of}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for arm in arms:
+        table.add_column(arm, no_wrap=True)
     for name in named:
         cells = [_cell(found.get((name, arm))) for arm in arms]
         if any(cells):
-            table.add_row(name.split(" | ")[0].replace("/", "/\n "), *cells)
-    console.print(table)
+            label = name.split(" | ")[0].replace("/", " / ").replace("_", " ")
+            table.add_row("accuracy (all problems)" if name == "accuracy" else label, *cells)
+    if found:
+        console.print(table)
 
 
 def _cell(estimate: Any) -> str:
     """Value and interval on two lines; empty where there is none."""
     if estimate is None:
         return ""
-    return f"{estimate.value:.2f}\n[{estimate.ci_low:.2f}, {estimate.ci_high:.2f}]".replace("[", "\\[")
+    value, low, high = (f"{x:.2f}".replace("0.", ".") for x in (estimate.value, estimate.ci_low, estimate.ci_high))
+    return f"{value}\n\\[{low}, {high}]"
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         **{name: Markup(_clean(text)) for name, text in scripts.items()},
         "style": Markup((HERE / "report.css").read_text("utf-8")),
         "title": " · ".join(readers),
-        "readers": _reader_rows(readers, config, manifest),
+        "readers": _reader_rows(readers, config, manifest, estimates),
         "n_problems": records["problem_id"].nunique(),
         "verdicts": _verdicts(manifest),
         "checks": manifest.get("checks") or [],
@@ -143,14 +143,20 @@ def _verdicts(manifest: dict[str, Any]) -> list[str]:
     return [found] if isinstance(found, str) else [str(sentence) for sentence in found]
 
 
-def _reader_rows(readers: list[str], config: dict[str, Any], manifest: dict[str, Any]) -> list[dict[str, str]]:
+def _reader_rows(
+    readers: list[str], config: dict[str, Any], manifest: dict[str, Any], estimates: list[Estimate]
+) -> list[dict[str, str]]:
+    accuracy = {
+        e.arm: f"{number(e.value, 2)} right of {e.n_problems} problems" for e in estimates if e.name == "accuracy"
+    }
     models = manifest.get("models") or {}
     named = {row["name"]: row for row in config.get("readers") or [] if isinstance(row, dict)}
     rows = []
     for reader in readers:
         info, own = models.get(reader) or {}, named.get(reader) or {}
         parts = [str(part) for part in (own.get("model") or info.get("name"), own.get("adapter")) if part]
-        rows.append({"name": reader, "model": " + ".join(parts), "colour": charts.colour(readers, reader)})
+        row = {"name": reader, "model": " + ".join(parts), "colour": charts.colour(readers, reader)}
+        rows.append(row | {"accuracy": accuracy.get(reader, "")})
     return rows
 
 
