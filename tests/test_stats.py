@@ -105,6 +105,7 @@ def test_sign_flip_against_all_flips(rng):
     assert stats.sign_flip_p(d, rng) == pytest.approx(brute)
     assert stats.sign_flip_p(np.r_[d, np.zeros(5)], rng) == pytest.approx(brute)
     assert stats.sign_flip_p(np.zeros(4), rng) == 1
+    assert stats.sign_flip_p(np.array([0.3, 0.0]), rng) == 1
     assert np.isnan(stats.sign_flip_p(np.zeros(0), rng))
 
 
