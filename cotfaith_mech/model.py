@@ -29,7 +29,10 @@ Reduce = Callable[[Float[Tensor, "cell read vocab"]], Float[Tensor, "cell metric
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Shape and identity of a model. `weights_hash` covers the values of all parameters, adapter included."""
+    """Shape and identity of a model.
+
+    `weights_hash` covers the values of all parameters, adapter included; `text_hash` chat template and tokenizer.
+    """
 
     name: str
     backend: BackendName
@@ -44,6 +47,7 @@ class ModelInfo:
     dtype: str
     device: str
     weights_hash: str
+    text_hash: str
     adapter: str | None = None
 
 
@@ -57,6 +61,16 @@ class Run:
 
     logits: Float[Tensor, "batch read vocab"]
     activations: Mapping[Site, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DirectPath:
+    """Linear maps to a logit difference: from each head's z, from the output bias of each layer's attention (its whole
+    effect), and from whatever else is added to the residual stream."""
+
+    into_z: Float[Tensor, "layer head d_head"]
+    bias: Float[Tensor, "layer"]
+    direction: Float[Tensor, "d_model"]
 
 
 @runtime_checkable
@@ -97,11 +111,11 @@ class Model(Protocol):
 
     def direct_path(
         self, z: Float[Tensor, "layer head d_head"], final: Float[Tensor, "d_model"], token: int, foil: int
-    ) -> tuple[Float[Tensor, "layer head d_head"], float]:
-        """The linear map from each head's z at one position to the logit difference `token` - `foil` there.
+    ) -> DirectPath:
+        """The linear maps from one position's values to the logit difference `token` - `foil` there.
 
         `final` is resid_post of the last layer at that position; the scales of all norms are frozen at these values.
-        The second result is what no head adds: output biases, MLPs and embedding. Before any final soft-cap.
+        Before any final soft-cap.
         """
         ...
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,12 +33,15 @@ SINK_TOKENS = 4
 """Prompt tokens at the start that no random control touches: attention sinks there are load-bearing for anything."""
 
 
+Direction = Literal["noise", "denoise"]
+
+
 @dataclass(frozen=True)
 class PatchPlan:
     """Layers to patch (None: all), directions, and random draws of the knockout control per step."""
 
     layers: tuple[int, ...] | None = None
-    directions: tuple[str, ...] = ("noise", "denoise")
+    directions: tuple[Direction, ...] = ("noise", "denoise")
     random_draws: int = 2
 
 
@@ -66,15 +69,22 @@ class AnswerContrast:
         index = next(i for i, (a, b) in enumerate(zip(own, other, strict=True)) if a != b)
         return cls(own, index, own[index], other[index])
 
-    def reduce(self, logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 4"]:
-        """Logit difference, p(a*), whether the foil's token is the argmax, whether a* is greedy."""
+    @classmethod
+    def alone(cls, trunk: Trunk) -> AnswerContrast:
+        """a* without a foil: its logit difference is 0 and means nothing, its probability is read as ever."""
+        own = _answer_ids(trunk, trunk.chain.answer)
+        return cls(own, 0, own[0], own[0])
+
+    def reduce(self, logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 5"]:
+        """Logit difference, p(a*), is the foil's token the argmax where they part, is a*'s, is all of a* greedy."""
         logits = logits[:, : len(self.answer_ids)]
         here = logits[:, self.index]
         ids = torch.tensor(self.answer_ids, device=logits.device)
         logp = logits.log_softmax(-1).gather(2, ids.expand(len(logits), -1)[..., None]).sum((1, 2))
         greedy = (logits.argmax(-1) == ids).all(-1).to(logp)
-        says_foil = (here.argmax(-1) == self.foil_token).to(logp)
-        return torch.stack([here[:, self.answer_token] - here[:, self.foil_token], logp.exp(), says_foil, greedy], 1)
+        difference = here[:, self.answer_token] - here[:, self.foil_token]
+        says = [(here.argmax(-1) == token).to(logp) for token in (self.foil_token, self.answer_token)]
+        return torch.stack([difference, logp.exp(), *says, greedy], 1)
 
     @property
     def n_logits(self) -> int:
@@ -110,7 +120,11 @@ def measure_patching(trunk: Trunk, problem: Problem, reader: str, plan: PatchPla
     if token_spans(twin, encoding) != trunk.spans:
         measured.exclusions.append("patching: the twin's tokens do not align with the chain's")
         return measured
-    contrast = AnswerContrast.of(trunk, f" {problem.twin_answer}")
+    try:
+        contrast = AnswerContrast.of(trunk, f" {problem.twin_answer}")
+    except CotfaithError as error:
+        measured.exclusions.append(f"patching: {error}")
+        return measured
     layers = tuple(range(trunk.model.info.n_layers)) if plan.layers is None else plan.layers
     sites = [Site("resid_pre", layer) for layer in layers]
     runs = {"chain": trunk.run, "twin": trunk.run.sibling(encoding.ids)}
@@ -126,7 +140,7 @@ def _patch(
     measured: Measured,
     trunk: Trunk,
     contrast: AnswerContrast,
-    direction: str,
+    direction: Direction,
     base: CachedRun,
     source_states: Any,
     source: CachedRun,
@@ -147,8 +161,8 @@ def _patch(
         measured.add("patching", direction, values, len(trunk.run.tokens))
 
 
-def _source_said(direction: str, row: Sequence[float]) -> float:
-    """Does the edited run say the source's answer: the foil when noising, a* when denoising."""
+def _source_said(direction: Direction, row: Sequence[float]) -> float:
+    """Is the source's answer the argmax where the two part: the foil when noising, a* when denoising?"""
     return row[2] if direction == "noise" else row[3]
 
 
@@ -191,14 +205,13 @@ def measure_knockout(trunk: Trunk, reader: str, plan: PatchPlan, *, seed: int = 
             keys = rng.choice(prompt, min(span[1] - span[0], len(prompt)), replace=False)
             cells.append(cut_edits(n_layers, queries, sorted(keys.tolist())))
             coordinates.append(("masked_random", step, draw))
-    own = _answer_ids(trunk, trunk.chain.answer)
-    contrast = AnswerContrast(own, 0, own[0], own[0])
+    contrast = AnswerContrast.alone(trunk)
     base, *rows = trunk.run.edited(cells, n_logits=contrast.n_logits, reduce=contrast.reduce).tolist()
     for (variant, step, draw), row in zip(coordinates, rows, strict=True):
         values = {
             "delta_logp": float(np.log(max(base[1], 1e-45)) - np.log(max(row[1], 1e-45))),
             "delta_p": base[1] - row[1],
-            "same": row[3],
+            "same": row[4],
         }
         measured.add("knockout", variant, values, len(trunk.run.tokens), step=step, seed=draw)
     return measured

@@ -218,6 +218,20 @@ class RunDirectory:
         """Replace the manifest in one move; numbers that are not finite become null."""
         _write_json(self._manifest, manifest)
 
+    def pin(self, name: str, value: Any) -> None:
+        """Write down what the run's numbers rest on, once; CotfaithError when it is something else by now.
+
+        Units of other weights or other data would stand beside the old ones and be averaged with them.
+        """
+        manifest = self.read_manifest()
+        pinned = manifest.get("pinned", {})
+        difference = _differing_key(pinned.get(name, _plain(value)), _plain(value), name)
+        if difference is not None:
+            raise CotfaithError(
+                f"{self.path} holds results of other inputs: {difference}; choose a new output folder or delete it."
+            )
+        self.write_manifest(manifest | {"pinned": pinned | {name: value}})
+
     def read_manifest(self) -> dict[str, Any]:
         try:
             return json.loads(self._manifest.read_text("utf-8"))

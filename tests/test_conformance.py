@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from cotfaith_mech.backends.corner import _cheapest_cuts
@@ -339,6 +341,15 @@ def test_nothing_survives_an_exception(backend: str) -> None:
         run.edited([[wrong]], n_logits=1, reduce=last_logits)
     assert hooks_and_layers(m) == before
     assert torch.equal(m.run(x).logits, clean)
+
+
+def test_a_decoder_that_only_looks_like_llama_is_refused() -> None:
+    """OLMo-2 norms what attention and MLP write: its modules have Llama's names, its sites would mean something else."""
+    shape = {"vocab_size": 337, "hidden_size": 48, "intermediate_size": 52, "num_hidden_layers": 3}
+    config = transformers.Olmo2Config(**shape, num_attention_heads=6, num_key_value_heads=3, pad_token_id=1)
+    weights = replace(tiny("llama-gqa"), model=transformers.Olmo2ForCausalLM(config).eval())
+    with pytest.raises(CotfaithError, match="Olmo2ForCausalLM is no Llama-class decoder"):
+        HuggingFaceModel(weights)
 
 
 def test_bad_cells_are_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.behaviour import BehaviourPlan, measure_behaviour
 from cotfaith_mech.chains import Chain, token_spans
 from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.model import DirectPath
 from cotfaith_mech.patching import AnswerContrast, PatchPlan, measure_knockout, measure_patching
 from cotfaith_mech.problems import Problem
 from cotfaith_mech.reading import Trunk, decoded, label_tokens
@@ -150,12 +152,38 @@ def test_direct_contributions_sum_to_the_logit_difference(architecture: str) -> 
     assert abs(values["logit_diff"]) > 1e-3
 
 
+@pytest.mark.parametrize("architecture", ["llama-mha", "gemma2"])
+@pytest.mark.parametrize("wrong", ["into_z", "bias"])
+def test_a_wrong_direct_path_breaks_the_sums(architecture: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pieces are read apart: no remainder swallows what a wrong map leaves out."""
+    t = trunk(architecture)
+    whole = t.model.direct_path
+    if wrong == "bias" and t.model.layout.layers[0].attention.o_proj.bias is None:
+        return
+
+    def damaged(*args: Any) -> DirectPath:
+        path = whole(*args)
+        return replace(path, **{wrong: 0.9 * getattr(path, wrong)})
+
+    monkeypatch.setattr(t.model, "direct_path", damaged)
+    records = measure_attribution(t, problem(), "A").records
+    assert next(r.value for r in records if r.metric == "completeness_error") > 1e-2
+
+
+def test_a_foil_of_another_length_leaves_the_rest_of_the_unit() -> None:
+    t, p = trunk(), replace(problem(), twin_answer="123")
+    for measured in (measure_patching(t, p, "A", PatchPlan()), measure_attribution(t, p, "A")):
+        assert measured.records == []
+        assert "give a foil of the same token length" in measured.exclusions[0]
+
+
 def test_one_direct_contribution_by_hand() -> None:
     """a v W_O . u written out for one head of a GQA model; the neighbouring KV head gives another number."""
     t, p = trunk("llama-gqa"), problem()
     contrast = AnswerContrast.of(t, f" {p.twin_answer}")
     query = t.spans.answer[0] + contrast.index - 1
-    contribution, weight, _ = direct_contributions(t, contrast, query)
+    direct = direct_contributions(t, contrast, query)
+    contribution, weight = direct.contribution, direct.weight
     layer, head, key = 2, 3, t.spans.steps[1][0] + 2
     m = t.model
     states = m.run(

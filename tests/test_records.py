@@ -187,3 +187,13 @@ def test_unit_id_hashes_the_content():
     ids = {unit_id(r, c, p) for r in ("A", "B") for c in ("c1", "c2") for p in ({"x": 1}, {"x": 2})}
     assert len(ids) == 8
     assert unit_id("A", "c", {"x": 1, "y": (2,)}) == unit_id("A", "c", {"y": [2], "x": 1})
+
+
+def test_other_inputs_under_the_same_config_are_refused(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", {"seed": 1})
+    run.pin("reader A", {"weights": "aa", "text": "bb"})
+    run.pin("reader A", {"weights": "aa", "text": "bb"})
+    run.pin("data", {"sha256": "cc"})
+    with pytest.raises(CotfaithError, match=r"reader A\.weights is 'aa' there, 'xx' here; choose a new output folder"):
+        run.pin("reader A", {"weights": "xx", "text": "bb"})
+    assert run.read_manifest()["pinned"]["data"] == {"sha256": "cc"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cotfaith_mech.arithmetic import people_problems, word_problems
@@ -61,3 +63,32 @@ def test_examples_are_read_by_author_and_readers_alike(model: HuggingFaceModel) 
     assert few_shot(problems, 0) == (problems, [])
     with pytest.raises(CotfaithError, match="needs 5 problems with a worked chain, found 4"):
         few_shot(problems, 5)
+
+
+def test_what_is_written_does_not_depend_on_what_was_written_before(model: HuggingFaceModel) -> None:
+    """A resumed run draws the same chains: batches and seeds are those of the whole list."""
+    problems = word_problems(11, seed=6)
+    options = {"max_new_tokens": 14, "temperature": 1.0, "seed": 5}
+    whole = {p.problem_id: chain for p, chain, _ in write_chains(model, problems, "A", **options)}
+    done = {problems[i].problem_id for i in (0, 3, 8, 9, 10)}
+    rest = {p.problem_id: chain for p, chain, _ in write_chains(model, problems, "A", done=done, **options)}
+    assert rest == {name: chain for name, chain in whole.items() if name not in done}
+    assert len(rest) == 6
+
+
+def test_a_prompt_without_room_for_a_chain_is_told_and_the_others_are_written(model: HuggingFaceModel) -> None:
+    short, long = word_problems(2, seed=7)
+    long = replace(long, question=long.question * 9)
+    (_, chain, _), (_, nothing, why) = write_chains(model, [short, long], "A", max_new_tokens=20)
+    assert chain is not None
+    assert nothing is None
+    assert "at most 512" in why
+
+
+def test_greedy_is_greedy_whatever_the_models_generation_config_says(
+    model: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [model.render(p.question) for p in people_problems(2, seed=1)]
+    plain = model.generate(prompts, max_new_tokens=12)
+    monkeypatch.setattr(model.weights.model.generation_config, "repetition_penalty", 1.8)
+    assert model.generate(prompts, max_new_tokens=12) == plain

@@ -83,3 +83,19 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     path.write_text("readers: [{name: A, model: x}]\nproblem: people:2\n")
     with pytest.raises(CotfaithError, match="did you mean 'problems'"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tests": ["fillerr"]}, "tests"),
+        ({"patch_directions": ["noising"]}, "patch_directions"),
+        ({"patch_layers": []}, "patch_layers"),
+        ({"crosscheck_cells": -1}, "crosscheck_cells"),
+        ({"generation": {"temprature": 1}}, "did you mean 'temperature'"),
+        ({"readers": [{"name": "A", "model": "x"}] * 2}, "two readers are named 'A'"),
+    ],
+)
+def test_values_that_would_measure_something_else_are_refused(change: dict, told: str) -> None:
+    with pytest.raises(CotfaithError, match=told):
+        parse_config({**SMALL, **change})

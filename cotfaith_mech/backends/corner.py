@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 PASS_OVERHEAD = 40
 """Cost of executing a layer at all, in tokens (weight traffic and launches); measured on SmolLM2 on two CPU cores."""
+MAX_TOKENS = 4096
+"""Tokens in one pass on a CPU; eight times as many elsewhere."""
 MOST_STARTS = 17
 """Distinct first positions that one group of cells may join."""
 
@@ -92,11 +94,10 @@ class CornerRun:
         model: HuggingFaceModel,
         tokens: Sequence[int],
         trunk: CornerRun | None = None,
-        max_tokens: int = 4096,
     ) -> None:
         self.model = model
         self.tokens = tuple(tokens)
-        self.max_tokens = max_tokens if model.info.device == "cpu" else 8 * max_tokens
+        self.max_tokens = MAX_TOKENS if model.info.device == "cpu" else 8 * MAX_TOKENS
         self._row: Int[Tensor, "1 pos"] = torch.tensor([self.tokens], device=model.info.device)
         shared = 0 if trunk is None else trunk._shared(self.tokens)
         self._keys_values: list[Any] = [()] * model.info.n_layers
@@ -120,7 +121,7 @@ class CornerRun:
 
     def sibling(self, tokens: Sequence[int]) -> CornerRun:
         """The base run of other tokens, of which only those after the common prefix are computed."""
-        return CornerRun(self.model, tokens, self, self.max_tokens)
+        return CornerRun(self.model, tokens, self)
 
     @torch.no_grad()
     def logits(self, n_logits: int) -> Float[Tensor, "read vocab"]:

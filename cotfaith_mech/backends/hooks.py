@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CotfaithError
-from ..sites import ActivationEdit, Site
+from ..sites import ActivationEdit, Site, SiteKind
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,30 @@ def _layer_modules(layer: Any) -> LayerModules:
         norms = (layer.post_attention_layernorm, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm)
         return LayerModules(layer, attention, *norms, window)
     return LayerModules(layer, attention, attention, layer.post_attention_layernorm, layer.mlp, window)
+
+
+@torch.no_grad()
+def check_residual_stream(model: Any, layout: Layout) -> None:
+    """Run three tokens and see that attention and MLP add to the residual stream where the sites say.
+
+    Raises CotfaithError on a decoder that looks like Llama and is not (norms after the blocks, scaled residuals).
+    """
+    last = len(layout.layers) - 1
+    kinds: tuple[SiteKind, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    tokens = torch.tensor([[1, 2, 3]], device=layout.unembed.weight.device)
+    for layer in sorted({0, last}):
+        sites = [Site(kind, layer) for kind in kinds]
+        with hooked(layout, d_head=1, read=sites) as store:
+            model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+        before, attention, between, mlp, after = (store[site].float() for site in sites)
+        error = max(float((before + attention - between).abs().max()), float((between + mlp - after).abs().max()))
+        allowed = (1e-4 if store[sites[0]].dtype == torch.float32 else 3e-2) * max(1.0, float(after.abs().max()))
+        if error > allowed:
+            raise CotfaithError(
+                f"{type(model).__name__} is no Llama-class decoder: in layer {layer} the residual stream differs by "
+                f"{error:.2g} from the sum of what attention and MLP write (allowed {allowed:.2g}), so its sites would "
+                "mean something else; use a model of the Llama, Qwen, Mistral, Phi or Gemma families."
+            )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from ..chains import Encoding
 from ..errors import CotfaithError
-from ..model import BackendName, ModelInfo
-from .hooks import Layout
+from ..model import BackendName, DirectPath, ModelInfo
+from .hooks import Layout, check_residual_stream
 from .weights import Weights
 
 
@@ -27,6 +28,7 @@ class TextSide:
             )
         self.weights = weights
         self.layout = Layout.of(weights.model)
+        check_residual_stream(weights.model, self.layout)
         self.tokenizer = weights.tokenizer
         stops = weights.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.stop_tokens = frozenset(stops if isinstance(stops, list) else [stops])
@@ -47,6 +49,7 @@ class TextSide:
             dtype=str(parameter.dtype).removeprefix("torch."),
             device=str(parameter.device),
             weights_hash=weights.weights_hash,
+            text_hash=_text_hash(self.tokenizer),
             adapter=weights.adapter,
         )
 
@@ -77,6 +80,8 @@ class TextSide:
         self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """Continuations in one left-padded batch; temperature 0 is greedy, else sampled from `seed`."""
+        if not prompts:
+            return []
         encoded = [self.encode(prompt).ids for prompt in prompts]
         width = max(map(len, encoded))
         device = self.info.device
@@ -84,6 +89,7 @@ class TextSide:
         ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in encoded], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
             torch.manual_seed(seed)
             out = self.weights.model.generate(
@@ -91,35 +97,38 @@ class TextSide:
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
-                **({"do_sample": False} | sampling),
+                **(plain | sampling),
             )
         return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
     @torch.no_grad()
     def direct_path(
         self, z: Float[Tensor, "layer head d_head"], final: Float[Tensor, "d_model"], token: int, foil: int
-    ) -> tuple[Float[Tensor, "layer head d_head"], float]:
+    ) -> DirectPath:
         """See `Model.direct_path`; reads the output projections, norms and unembedding of the model itself."""
         unembedding = self.layout.unembed.weight.float()
         direction = (unembedding[token] - unembedding[foil]) * _frozen_scale(self.layout.norm, final)
-        rest = direction @ final
-        into_z = []
+        into_z, biases = [], []
         for modules, z_layer in zip(self.layout.layers, z, strict=True):
-            projection = modules.attention.o_proj
-            flat = z_layer.flatten()
-            towards = direction
+            projection, towards = modules.attention.o_proj, direction
             if modules.attn_out is not modules.attention:
-                raw = projection(flat.to(projection.weight.dtype)).float()
+                raw = projection(z_layer.flatten().to(projection.weight.dtype)).float()
                 towards = direction * _frozen_scale(modules.attn_out, raw)
-            into = towards @ projection.weight.float()
-            into_z.append(into.view_as(z_layer))
-            rest = rest - into @ flat
-        return torch.stack(into_z), float(rest)
+            into_z.append((towards @ projection.weight.float()).view_as(z_layer))
+            none = torch.zeros_like(direction)
+            biases.append(towards @ (none if projection.bias is None else projection.bias.float()))
+        return DirectPath(torch.stack(into_z), torch.stack(biases), direction)
 
     def uncapped(self, logit: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """See `Model.uncapped`."""
         cap = getattr(self.weights.model.config.get_text_config(), "final_logit_softcapping", None)
         return logit if cap is None else torch.atanh(logit / cap) * cap
+
+
+def _text_hash(tokenizer: Any) -> str:
+    """Names how text becomes tokens: the chat template, and the ids of a probe with digits, marks and other scripts."""
+    probe = tokenizer("\n3 × 1,000.5 = «Übung» - 東京, isn't it?\n", add_special_tokens=False)["input_ids"]
+    return hashlib.sha256(repr((tokenizer.chat_template, probe)).encode()).hexdigest()[:16]
 
 
 def _frozen_scale(norm: Any, x: Float[Tensor, "d_model"]) -> Float[Tensor, "d_model"]:

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,13 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_SAFE_PATTERNS, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
-        pass
-    try:
+        with suppress(errors.LocalEntryNotFoundError):
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=_SAFE_PATTERNS, local_files_only=True))
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_SAFE_PATTERNS, etag_timeout=5))
+    except errors.HFValidationError as error:
+        raise CotfaithError(
+            f"{name!r} is neither a folder on this disk nor a hub id of the form owner/name."
+        ) from error
     except errors.GatedRepoError as error:
         raise CotfaithError(f"{name!r} is gated: accept its licence on the hub, then `hf auth login`.") from error
     except errors.RepositoryNotFoundError as error:
@@ -141,23 +144,29 @@ def _dequantise(package: Path, target: Path) -> None:
 
 
 def _merge_adapter(model: Any, name: str, adapter: str) -> Any:
+    """`model` with the adapter added; CotfaithError unless every tensor of the file has its place, and back."""
     import peft
+    from safetensors import safe_open
 
-    folder = Path(adapter) if Path(adapter).is_dir() else _from_hub(adapter)
+    folder = locate(adapter)
     if not (folder / "adapter_config.json").exists():
         raise CotfaithError(f"{adapter!r} holds no adapter_config.json; give a folder saved by peft.")
-    if not (folder / "adapter_model.safetensors").exists():
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
         raise CotfaithError(f"{adapter!r} holds no adapter_model.safetensors; only safetensors are loaded.")
     made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "?"
+    misfit = f"Adapter {adapter!r} was made for {made_for!r} and does not fit {name!r}; load it on its own base"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+            warnings.simplefilter("ignore")
+            tuned = peft.PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:
-        raise CotfaithError(
-            f"Adapter {adapter!r} was made for {made_for!r} and does not fit {name!r}; load it on its own base."
-        ) from error
-    return merged
+        raise CotfaithError(f"{misfit}.") from error
+    with safe_open(file, "pt") as tensors:
+        stray = set(tensors.keys()) ^ set(peft.get_peft_model_state_dict(tuned))
+    if stray:
+        raise CotfaithError(f"{misfit} ({len(stray)} tensors have no counterpart, {min(stray)!r} for one).")
+    return tuned.merge_and_unload()
 
 
 def hash_parameters(model: Any) -> str:
