@@ -309,6 +309,8 @@ def _run_reader(
     checked = [row for row in run.read_manifest().get("checks", []) if row["check"] in _check_names(reader.name)]
     if checked and all(run.has_unit(unit) for _, _, unit in units):
         return checked
+    mechanistic = any(other.mechanism for other in config.readers)
+    checked_here = bool(config.crosscheck_cells) and (reader.mechanism or not mechanistic)
     samples: list[Sample] = []
     chosen = set(np.random.default_rng(config.seed).permutation(len(units))[:2].tolist())
     for number, (problem, chain, unit) in enumerate(progress(units, f"reader {reader.name}")):
@@ -322,7 +324,7 @@ def _run_reader(
                 for reason in measured.exclusions:
                     _exclude(run, chain, reader.name, "edit", reason)
                 run.write_unit(unit, measured.records, _meta(unit, reader.name, trunk, measured))
-            if number in chosen and config.crosscheck_cells:
+            if number in chosen and checked_here:
                 rng = np.random.default_rng([config.seed, number])
                 samples.append(sample_cells(trunk, problem, config.crosscheck_cells, rng))
         except CotfaithError as error:

@@ -162,8 +162,9 @@ def _merge_adapter(model: Any, name: str, adapter: str) -> Any:
             tuned = peft.PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:
         raise CotfaithError(f"{misfit}.") from error
+    placed = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
     with safe_open(file, "pt") as tensors:
-        stray = set(tensors.keys()) ^ set(peft.get_peft_model_state_dict(tuned))
+        stray = {key for key in set(tensors.keys()) ^ set(placed) if ".lora_" in key}
     if stray:
         raise CotfaithError(f"{misfit} ({len(stray)} tensors have no counterpart, {min(stray)!r} for one).")
     return tuned.merge_and_unload()
