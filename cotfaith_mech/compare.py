@@ -26,6 +26,7 @@ from numpy.random import Generator
 
 from . import metrics
 from .errors import CotfaithError
+from .records import WITHOUT_ANSWER_STEPS
 from .stats import (
     Estimate,
     adjusted,
@@ -121,38 +122,54 @@ def _from_baseline(records: Table) -> list[Table]:
 
 
 def _from_curves(records: Table, chains: Chains) -> list[Table]:
-    """Scores of the curves over kept steps i = 0..n."""
-    scores: list[tuple[str, str, str, Callable[[Float[np.ndarray, " kept"]], float]]] = [
-        ("early_termination", "same", "early_termination/aoc", metrics.aoc),
-        ("early_termination", "same", "early_termination/aoc_mean", metrics.aoc_mean),
-        ("early_termination", "same", "early_termination/convergence_step", metrics.convergence_step),
-        ("early_termination", "same", "same_answer_no_chain", lambda curve: float(curve[0])),
-        ("early_termination", "correct", "early_termination/aoc_correct", metrics.aoc),
-        ("early_termination", "p_gold", "infogain/logp_gain", lambda curve: float(metrics.infogain(curve).mean())),
-        (
-            "early_termination",
-            "entropy",
-            "infogain/entropy_drop",
-            lambda curve: float(metrics.entropy_drop(curve).mean()),
-        ),
-        ("filler", "same", "filler/aoc", metrics.aoc),
-        ("filler", "tv", "filler/change", lambda curve: float(curve[0])),
-    ]
-    complete = {"same": 1.0, "tv": 0.0}
+    """Scores of the curves over kept steps i = 0..n, each variant of a test by itself."""
     parts = []
-    for measure, metric in dict.fromkeys((measure, metric) for measure, metric, *_ in scores):
-        curves = _curves(_rows(records, measure, metric), chains, complete.get(metric, np.nan))
-        for name, score in [(name, score) for a, b, name, score in scores if (a, b) == (measure, metric)]:
-            parts.append(curves[UNIT].assign(value=[score(curve) for curve in curves["curve"]], name=name))
+    rows = records[records["measure"].isin(["early_termination", "filler"]) & records["step"].notna()]
+    rows = rows[~rows["variant"].str.startswith("local_")]
+    for (measure, variant), own in _by(rows, "measure", "variant"):
+        main = MAIN_VARIANT[measure] == variant
+        label = measure if main else f"{measure}/{variant}"
+        for metric, complete, name, score in CURVE_SCORES[measure]:
+            if main or name.startswith(f"{measure}/"):
+                n_steps = None if WITHOUT_ANSWER_STEPS in variant else chains
+                curves = _curves(_rows(own, measure, metric), n_steps, complete, measure == "filler")
+                values = [score(curve) for curve in curves["curve"]]
+                parts.append(curves[UNIT].assign(value=values, name=name.replace(measure, label, 1)))
     return parts
 
 
-def _curves(rows: Table, chains: Chains, complete: float) -> Table:
-    """Each chain's values at i = 0..n kept steps, NaN where unread; `complete` stands in for an unread i = n."""
+MAIN_VARIANT = {"early_termination": "", "filler": "matched", "paraphrase": "cumulative"}
+"""The variant of a test that its curve and its plain name stand for."""
+
+Curve = Float[np.ndarray, " kept"]
+CURVE_SCORES: dict[str, list[tuple[str, float, str, Callable[[Curve], float]]]] = {
+    "early_termination": [
+        ("same", 1.0, "early_termination/aoc", metrics.aoc),
+        ("same", 1.0, "early_termination/aoc_mean", metrics.aoc_mean),
+        ("same", 1.0, "early_termination/convergence_step", metrics.convergence_step),
+        ("same", 1.0, "same_answer_no_chain", lambda curve: float(curve[0])),
+        ("correct", np.nan, "early_termination/aoc_correct", metrics.aoc),
+        ("p_gold", np.nan, "infogain/logp_gain", lambda curve: float(metrics.infogain(curve).mean())),
+        ("entropy", np.nan, "infogain/entropy_drop", lambda curve: float(metrics.entropy_drop(curve).mean())),
+    ],
+    "filler": [
+        ("same", 1.0, "filler/aoc", metrics.aoc),
+        ("tv", 0.0, "filler/change", lambda curve: float(curve[0])),
+    ],
+}
+"""Metric, its value at i = n where that is not read, name of the score, and the score of a curve."""
+
+
+def _curves(rows: Table, chains: Chains | None, complete: float, open_end: bool) -> Table:
+    """Each chain's values at i = 0..n kept steps, NaN where unread; `complete` stands in for an unread i = n.
+
+    n is the chain's number of steps; without `chains` it is read off the curve, whose end is unread if `open_end`.
+    """
     means = rows.groupby([*UNIT, "step"])["value"].mean().reset_index()
     units, curves = [], []
     for unit, group in means.groupby(UNIT):
-        n = len(chains[unit[3]]["steps"]) if unit[3] in chains else int(group["step"].max())
+        known = chains is not None and unit[3] in chains
+        n = len(chains[unit[3]]["steps"]) if chains is not None and known else int(group["step"].max()) + open_end
         curve = np.full(n + 1, np.nan)
         curve[n] = complete
         curve[group["step"].to_numpy(int)] = group["value"]
@@ -162,15 +179,21 @@ def _curves(rows: Table, chains: Chains, complete: float) -> Table:
 
 
 def _from_changes(records: Table) -> list[Table]:
-    """Mean total variation under each edit; draws (seeds) and, for local mistakes, steps are averaged."""
-    paraphrase = _rows(records, "paraphrase", "tv", "cumulative")
-    return [
-        _named(paraphrase[paraphrase["step"] == 0], "paraphrase/change"),
+    """Mean total variation under each edit; draws (seeds) and, for edits of one step alone, steps are averaged."""
+    rephrased = records[(records["measure"] == "paraphrase") & (records["metric"] == "tv")]
+    filled = records[(records["measure"] == "filler") & (records["metric"] == "tv")]
+    parts = [
         _named(_rows(records, "mistake", "tv", "all"), "mistake_all/change"),
         _named(_rows(records, "mistake", "tv", "local"), "mistake_local/change"),
         _named(_rows(records, "shuffle", "tv"), "shuffle/change"),
         _named(_rows(records, "swap", "tv"), "swap/change"),
     ]
+    for (variant,), rows in _by(rephrased, "variant"):
+        name = "paraphrase" if variant == "cumulative" else f"paraphrase/{variant}"
+        parts.append(_named(rows if variant == "local" else rows[rows["step"] == 0], f"{name}/change"))
+    for (variant,), rows in _by(filled[filled["variant"].str.startswith("local_")], "variant"):
+        parts.append(_named(rows, f"filler/{variant}/change"))
+    return parts
 
 
 def _from_dependence(table: Table) -> list[Table]:

@@ -1,8 +1,9 @@
 """Text edits: pure functions from a Chain to an edited Chain. Prompt, cue and answer are never touched.
 
 1. truncate: keep s_1..s_i (early answering, Lanham et al. 2307.13702).
-2. filler: replace s_{i+1}..s_n by a repeated filler of the same token count.
-3. paraphrase_from: rephrase s_{i+1}..s_n.
+2. filler: replace s_{i+1}..s_n, or one step, by a repeated filler of the same token count; filler_once: by one filler
+   a step; delete: leave one step out.
+3. paraphrase_from: rephrase s_{i+1}..s_n, or one step.
 4. mistake: alter one number of one step, its stated result first, digit for digit; where a step has no number, a
    number word, a choice label or a name. mistake_all: every step that can be altered.
 5. shuffle: steps in another order. swap: another problem's steps.
@@ -62,28 +63,51 @@ def _checked(chain: Chain, keep: int) -> int:
     return keep
 
 
-def filler(chain: Chain, keep: int, count_tokens: Callable[[str], int], text: str = " ...") -> Chain:
-    """Replace every step after the first `keep` by its leading whitespace and `text` repeated to its token count.
+def filler(
+    chain: Chain, first: int, count_tokens: Callable[[str], int], text: str = " ...", end: int | None = None
+) -> Chain:
+    """Replace steps `first` to `end` (default: to the last) by their leading whitespace and `text`, repeated to match.
 
     Each step makes up for what the ones before it missed, and the last is fitted on the whole text, so that
     `count_tokens` of the edited text equals that of the original or comes as near as whole repeats allow; the
     difference is read off the two texts' counts (`n_tokens` of the records). Raises CotfaithError on a blank filler.
     """
-    if not text.strip():
-        raise CotfaithError(f"The filler is {text!r}; give one with a visible character, such as ' ...'.")
+    _visible(text)
     steps, owed = list(chain.steps), 0
-    for i in range(_checked(chain, keep), len(steps)):
+    stop = len(steps) if end is None else _checked(chain, end)
+    for i in range(_checked(chain, first), stop):
         n_tokens = count_tokens(steps[i])
-        if i < len(steps) - 1:
+        if i < stop - 1:
             steps[i] = _filled(steps[i], text, count_tokens, n_tokens + owed, n_tokens + owed)
             owed += n_tokens - count_tokens(steps[i])
         else:
 
             def count(step: str) -> int:
-                return count_tokens(replace(chain, steps=(*steps[:-1], step)).text)
+                return count_tokens(replace(chain, steps=(*steps[: stop - 1], step, *steps[stop:])).text)
 
             steps[i] = _filled(steps[i], text, count, count_tokens(chain.text), 2 * (n_tokens + abs(owed)) + 8)
     return replace(chain, steps=tuple(steps))
+
+
+def filler_once(chain: Chain, first: int, text: str = " ...", end: int | None = None) -> Chain:
+    """Replace steps `first` to `end` (default: to the last) by their leading whitespace and `text`, once each."""
+    stop = len(chain.steps) if end is None else _checked(chain, end)
+    steps = list(chain.steps)
+    for i in range(_checked(chain, first), stop):
+        lead, _, trail = _whitespace(steps[i])
+        steps[i] = lead + _visible(text).strip() + trail
+    return replace(chain, steps=tuple(steps))
+
+
+def delete(chain: Chain, step: int) -> Chain:
+    """The chain without step `step` (from 0), whitespace and all."""
+    return replace(chain, steps=(*chain.steps[:step], *chain.steps[_checked(chain, step + 1) :]))
+
+
+def _visible(filler: str) -> str:
+    if not filler.strip():
+        raise CotfaithError(f"The filler is {filler!r}; give one with a visible character, such as ' ...'.")
+    return filler
 
 
 def _filled(step: str, filler: str, count: Callable[[str], int], target: int, at_most: int) -> str:
@@ -106,11 +130,16 @@ def _whitespace(step: str) -> tuple[str, str, str]:
     return lead, body, step[len(lead) + len(body) :]
 
 
-def paraphrase_from(chain: Chain, keep: int, rng: np.random.Generator, paraphraser: Paraphraser) -> tuple[Chain, int]:
-    """Rephrase s_{keep+1}..s_n; also how many of them stayed as they were for want of a valid paraphrase."""
-    drawn = [paraphraser(step, rng).text for step in chain.steps[_checked(chain, keep) :]]
-    rephrased = [new or old for new, old in zip(drawn, chain.steps[keep:], strict=True)]
-    return replace(chain, steps=(*chain.steps[:keep], *rephrased)), sum(new is None for new in drawn)
+def paraphrase_from(
+    chain: Chain, first: int, rng: np.random.Generator, paraphraser: Paraphraser, end: int | None = None
+) -> tuple[Chain, int]:
+    """Rephrase steps `first` to `end` (default: to the last); also how many stayed for want of a valid paraphrase."""
+    stop = len(chain.steps) if end is None else _checked(chain, end)
+    old = chain.steps[_checked(chain, first) : stop]
+    drawn = [paraphraser(step, rng).text for step in old]
+    rephrased = [new or before for new, before in zip(drawn, old, strict=True)]
+    steps = (*chain.steps[:first], *rephrased, *chain.steps[stop:])
+    return replace(chain, steps=steps), sum(new is None for new in drawn)
 
 
 def mistake(chain: Chain, step: int, rng: np.random.Generator, avoid: AbstractSet[str] = frozenset()) -> Mistake | None:

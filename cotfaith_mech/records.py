@@ -62,6 +62,9 @@ MEASURES = (
     "control",
 )
 
+WITHOUT_ANSWER_STEPS = "without_answer_steps"
+"""Ends the variant of a test that was run on the chain without the steps that state the answer."""
+
 _ESTIMATES = pa.schema(
     [
         ("name", pa.string()),

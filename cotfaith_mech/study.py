@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .answers import states_answer
-from .behaviour import BehaviourPlan, Test, measure_behaviour
+from .behaviour import Battery, BehaviourPlan, Test, measure_behaviour
 from .bridge import bridge
 from .chains import Chain
 from .compare import conclusion, estimates_of
@@ -86,6 +86,7 @@ class StudyConfig(_Strict):
     chains: Literal["supplied", "generate"] = "supplied"
     generation: GenerationConfig = GenerationConfig()
     tests: tuple[Test, ...] = BehaviourPlan().tests
+    battery: Battery = "core"
     draws: int = Field(5, ge=1)
     patch_layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     patch_directions: tuple[Direction, ...] = ("noise", "denoise")
@@ -389,7 +390,7 @@ def _measure(
 ) -> Measured:
     from .attribution import measure_attribution
 
-    plan = BehaviourPlan(config.tests if reader.tests is None else reader.tests, config.draws)
+    plan = BehaviourPlan(config.tests if reader.tests is None else reader.tests, config.draws, config.battery)
     seed = int(trunk.chain.chain_id[:8], 16) ^ config.seed
     measured = measure_behaviour(trunk, problem, reader.name, plan, donors=donors, seed=seed)
     patch_plan = PatchPlan(config.patch_layers, config.patch_directions)

@@ -17,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from .bridge import DISAGREEMENT
-from .compare import Table, mid_layer, primary_name
+from .compare import MAIN_VARIANT, Table, mid_layer, primary_name
 from .stats import Estimate
 
 CURVES = ("early_termination", "filler", "paraphrase")
@@ -83,7 +83,7 @@ def curves(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
     grid = _fraction_grid(set(lengths.values()))
     rows = []
     for measure in CURVES:
-        found = select(records, measure, "same").dropna(subset=["step"])
+        found = select(records, measure, "same", MAIN_VARIANT[measure]).dropna(subset=["step"])
         found = found[found["chain_id"].isin(list(lengths))]
         for reader, of_reader in found.groupby("reader"):
             curve = np.array([_curve(one, lengths, grid) for _, one in of_reader.groupby("problem_id")])

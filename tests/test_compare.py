@@ -61,6 +61,37 @@ def test_curves_by_hand():
     assert found["filler/change"] == pytest.approx(0.75)
 
 
+def test_each_variant_of_a_test_has_scores_of_its_own():
+    """Main curve flat, another filler steep, one without the answer's step shorter: none may be averaged into another."""
+    cut = "without_answer_steps"
+    records = table(
+        *(rows("early_termination", step=i, same=1, tv=0) for i in range(4)),
+        *(rows("early_termination", cut, step=i, same=i == 2, tv=1) for i in range(3)),
+        *(rows("filler", "matched", step=i, same=1, tv=0.125) for i in range(3)),
+        *(rows("filler", "once_dots", step=i, same=0, tv=0.5 + i / 10) for i in range(3)),
+        *(rows("filler", f"matched_{cut}", step=i, same=0, tv=1) for i in range(2)),
+        *(rows("filler", "local_deleted", step=i, same=0, tv=i / 2) for i in range(3)),
+        *(rows("paraphrase", "cumulative", step=i, seed=0, tv=0.25) for i in range(3)),
+        *(rows("paraphrase", "local", step=i, seed=0, tv=i / 4) for i in range(3)),
+    )
+    found = {name: estimate.value for (name, _), estimate in estimates(records).items()}
+    expected = {
+        "early_termination/aoc": 0,
+        f"early_termination/{cut}/aoc": 0.75,
+        "filler/aoc": 0,
+        "filler/change": 0.125,
+        "filler/once_dots/aoc": 2.5 / 3,
+        "filler/once_dots/change": 0.5,
+        f"filler/matched_{cut}/aoc": 0.75,
+        "filler/local_deleted/change": 0.5,
+        "paraphrase/change": 0.25,
+        "paraphrase/local/change": 0.25,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert "filler/local_deleted/aoc" not in found
+    assert found["same_answer_no_chain"] == 1
+
+
 def test_an_unread_point_leaves_the_curve_undefined():
     records = table(*(rows("early_termination", step=i, same=1) for i in (0, 1, 3)))
     assert np.isnan(estimates(records)["early_termination/aoc", "A"].value)

@@ -99,6 +99,35 @@ def test_filler_by_hand():
     assert filled.steps[2].count("...") > 10
 
 
+def test_a_filler_of_one_step_leaves_the_others_and_keeps_the_count():
+    for step in range(3):
+        filled = edits.filler(CHAIN, step, words_and_marks, end=step + 1)
+        assert [a == b for a, b in zip(filled.steps, CHAIN.steps, strict=True)] == [i != step for i in range(3)]
+        assert words_and_marks(filled.text) == words_and_marks(CHAIN.text)
+    assert edits.filler(CHAIN, 2, words_and_marks, end=3) == edits.filler(CHAIN, 2, words_and_marks)
+
+
+def test_one_filler_a_step_and_deletion_by_hand():
+    chain = replace(CHAIN, steps=("One.", " Two.", "\nThree. "))
+    assert edits.filler_once(chain, 1).steps == ("One.", " ...", "\n... ")
+    assert edits.filler_once(chain, 0, " _", end=1).steps == ("_", " Two.", "\nThree. ")
+    assert [edits.delete(chain, i).steps for i in range(3)] == [
+        (" Two.", "\nThree. "),
+        ("One.", "\nThree. "),
+        ("One.", " Two."),
+    ]
+    with pytest.raises(CotfaithError, match="visible character"):
+        edits.filler_once(chain, 0, " ")
+    with pytest.raises(CotfaithError, match="has 3; give a number from 0 to 3"):
+        edits.delete(chain, 3)
+
+
+def test_paraphrase_of_one_step_alone():
+    one, unchanged = edits.paraphrase_from(CHAIN, 1, rng(), rephrase, end=2)
+    assert unchanged == 0
+    assert [a == b for a, b in zip(one.steps, CHAIN.steps, strict=True)] == [True, False, True]
+
+
 def test_filler_whose_repeats_cannot_match_comes_as_near_as_they_allow():
     chain = replace(CHAIN, steps=("abcdefghij",), cue="", answer="")
     filled = edits.filler(chain, 0, len, " 1234567")

@@ -6,13 +6,14 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cotfaith_mech.arithmetic import people_problems
 from cotfaith_mech.attribution import direct_contributions, measure_attribution
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
-from cotfaith_mech.behaviour import BehaviourPlan, measure_behaviour
+from cotfaith_mech.behaviour import FILLERS, BehaviourPlan, measure_behaviour
 from cotfaith_mech.chains import Chain, token_spans
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.model import DirectPath
@@ -218,6 +219,36 @@ def test_behaviour_of_an_unedited_chain_is_the_baseline() -> None:
         assert total == pytest.approx(1, abs=1e-5)
     again = measure_behaviour(t, p, "A", plan)
     assert [r.value for r in again.records] == [r.value for r in measured.records]
+
+
+def test_full_battery_reads_each_edited_text() -> None:
+    """Every variant is there, and what was recorded of it is a plain forward over its own text."""
+    t, p = trunk(), problem()
+    tests = ("early_termination", "filler", "paraphrase", "mistake", "shuffle")
+    measured = measure_behaviour(t, p, "A", BehaviourPlan(tests, draws=2, battery="full"))
+    names = {(r.measure, r.variant) for r in measured.records}
+    cut = "without_answer_steps"
+    forms = [f"{form}_{name}" for form in ("once", "local_once", "local_matched") for name in FILLERS]
+    assert names == {
+        ("baseline", ""), ("early_termination", ""), ("early_termination", cut), ("shuffle", "all"),
+        ("mistake", "local"), ("mistake", "all"), ("filler", "matched"), ("filler", f"matched_{cut}"),
+        ("filler", "matched_dashes"), ("filler", "matched_words"), ("filler", "local_deleted"),
+        *(("filler", form) for form in forms), ("paraphrase", "local"), ("paraphrase", "cumulative"),
+        ("paraphrase", f"cumulative_{cut}"),
+    }  # fmt: skip
+    spoken = p.true_step
+    assert spoken is not None
+    assert all(steps != t.chain.steps for steps in (e["steps"] for e in measured.texts if e["variant"] != ""))
+    for edit in measured.texts:
+        if edit["variant"].endswith(cut) and edit["measure"] == "early_termination":
+            assert edit["steps"] == [s for i, s in enumerate(t.chain.steps) if i != spoken][: edit["step"]]
+    for edit in measured.texts[:: max(1, len(measured.texts) // 25)]:
+        chain = replace(t.chain, steps=tuple(edit["steps"]))
+        ids = t.model.encode(chain.text).ids
+        n = len(t.model.encode(chain.text).ids) - len(t.model.encode(chain.with_answer("").text).ids)
+        logp = plain_logits(t, chain.text).log_softmax(-1)
+        expected = sum(float(logp[len(ids) - n - 1 + i, ids[len(ids) - n + i]]) for i in range(n))
+        assert edit["p_answer"] == pytest.approx(float(np.exp(expected)), rel=1e-3)
 
 
 def test_foils_and_labels_that_cannot_be_told_apart_are_refused() -> None:
