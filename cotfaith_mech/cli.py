@@ -192,14 +192,22 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the ratio is that of the medians.")] = 3,
-    tokens: Annotated[int, typer.Option(help="Length of the chain.")] = 75,
-    sample: Annotated[int, typer.Option(help="Cells of each peer a round.")] = 60,
+    tokens: Annotated[int, typer.Option(help="Length of the patched chain.")] = 75,
+    sample: Annotated[int, typer.Option(help="Cells or texts of each peer a round.")] = 60,
+    only: Annotated[str | None, typer.Option(help="patch_layer_token or behaviour_battery alone.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Engine against TransformerLens and nnsight on the same cells. Example: cotfaith bench --json"""
-    from .bench import patch_layer_token
+    """Engine against its peers on the same work; takes minutes. Example: cotfaith bench --json"""
+    from .bench import behaviour_battery, patch_layer_token
 
-    rows = patch_layer_token(n_tokens=tokens, rounds=rounds, sample=sample)
+    benches = {
+        "patch_layer_token": lambda: patch_layer_token(n_tokens=tokens, rounds=rounds, sample=sample),
+        "behaviour_battery": lambda: behaviour_battery(rounds=rounds, sample=sample),
+    }
+    if only is not None and only not in benches:
+        raise CotfaithError(f"--only {only!r} is no benchmark; use one of {', '.join(benches)}.")
+    with _bars(as_json) as progress:
+        rows = [row for name in progress([only] if only else list(benches), "benchmarks") for row in benches[name]()]
     if as_json:
         typer.echo(json.dumps({"rows": rows}))
         return

@@ -1,8 +1,10 @@
-"""The peers' own patching routines on given cells, for `cotfaith bench`: as their users would write them."""
+"""The peers' own routines on given cells and texts, for `cotfaith bench`: as their users would write them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import pandas as pd
@@ -10,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..model import Branch, PlainRun
 from ..sites import ActivationEdit, Site
 
 LayerToken = Sequence[tuple[int, int]]
@@ -28,7 +31,7 @@ def transformer_lens_patch(
 
     def patch(cells: LayerToken) -> Float[Tensor, "cell"]:
         index = pd.DataFrame(list(cells), columns=["layer", "pos"])
-        with torch.no_grad():
+        with torch.no_grad(), redirect_stderr(StringIO()):
             return generic_activation_patch(
                 bridge, base, cache, metric, layer_pos_patch_setter, "resid_pre", index_df=index
             ).flatten()
@@ -52,3 +55,30 @@ def nnsight_patch(
         return torch.stack(rows).flatten()
 
     return patch
+
+
+class PlainBatches(PlainRun):
+    """Text variants the straightforward way: whole forward passes of the model, several left-padded texts a batch."""
+
+    size = 16
+
+    @torch.no_grad()
+    def branches(self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+        results = []
+        for first in range(0, len(branches), self.size):
+            batch = branches[first : first + self.size]
+            width, keep = max(len(b.tokens) for b in batch), max(b.n_logits for b in batch)
+            padding = [width - len(b.tokens) for b in batch]
+            ids = torch.tensor([[0] * n + list(b.tokens) for n, b in zip(padding, batch, strict=True)])
+            mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding])
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            device = self.model.info.device
+            logits = self.model.weights.model(
+                **{name: value.to(device) for name, value in inputs.items()}, use_cache=False, logits_to_keep=keep
+            ).logits
+            results += [
+                reduce(row[keep - b.n_logits :].float(), first + i).cpu()
+                for i, (row, b) in enumerate(zip(logits, batch, strict=True))
+            ]
+        return results
