@@ -202,14 +202,14 @@ def _mistakes(chain: Chain, draws: int, avoid: AbstractSet[str], seed: int, left
         for draw in range(draws):
             mistake = edits.mistake(chain, step, np.random.default_rng([seed, 2, step, draw]), avoid)
             if mistake is None:
-                left_out.append(f"mistake in step {step}, draw {draw}: nothing to alter")
-                continue
+                left_out.append(f"mistake in step {step}: nothing to alter")
+                break
             yield Variant("mistake", "local", mistake.chain, step, draw)
     for draw in range(draws):
         wrong = edits.mistake_all(chain, np.random.default_rng([seed, 3, draw]), avoid)
         if wrong is None:
-            left_out.append(f"mistake in all steps, draw {draw}: nothing to alter")
-            continue
+            left_out.append("mistake in all steps: nothing to alter")
+            return
         yield Variant("mistake", "all", wrong, seed=draw)
 
 
