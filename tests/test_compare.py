@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from cotfaith_mech.compare import BOTH_CORRECT, conclusion, estimates_of, holm_p, verdict_of
+from cotfaith_mech.compare import BOTH_CORRECT, conclusion, conclusions, estimates_of, holm_p, verdict_of
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.records import COLUMNS
 from cotfaith_mech.stats import Estimate
@@ -313,6 +315,19 @@ def test_conclusion(intervals, holm, word):
     assert word in sentence
     assert "these checkpoints (B-A)" in sentence
     assert "16 problems" in sentence
+
+
+def test_each_author_of_the_chains_gets_a_sentence():
+    one = triple((-0.6, -0.2), (0.2, 0.6), (-0.1, 0.1))
+    other = [replace(e, arm="B-A/gold") for e in triple((-0.05, 0.04), (-0.06, 0.05), (-0.1, 0.1))]
+    longer = [replace(e, arm="B-A2") for e in one]
+    assert ["bypass" in s for s in conclusions(one, ["A", "B"])] == [True]
+    found = conclusions([*other, *(replace(e, arm="B-A/C") for e in one), *longer], ["A", "B"])
+    assert [("(B-A/gold)" in s, "no change" in s, "bypass" in s) for s in found] == [
+        (True, True, False),
+        (False, False, True),
+    ]
+    assert conclusions(one, ["A"]) == []
 
 
 def test_conclusion_without_the_conflict_test():
