@@ -31,16 +31,17 @@ def chain(name: str, n_steps: int, true_step: int | None) -> dict[str, object]:
 
 
 def test_a_problem_with_many_draws_counts_once_in_a_curve() -> None:
-    base = {"reader": "A", "measure": "paraphrase", "metric": "same", "step": 0}
+    base = {"reader": "A", "measure": "paraphrase", "variant": "cumulative", "metric": "same", "step": 0}
     draws = [{**base, "problem_id": "p", "chain_id": "p", "value": 1.0, "seed": s} for s in range(9)]
-    records = table(*draws, {**base, "problem_id": "q", "chain_id": "q", "value": 0.0, "seed": 0})
+    other = {**base, "variant": "local", "problem_id": "q", "chain_id": "q", "value": 1.0, "seed": 0}
+    records = table(*draws, {**base, "problem_id": "q", "chain_id": "q", "value": 0.0, "seed": 0}, other)
     curve = views.curves(records, [chain("p", 3, 0), chain("q", 3, 1)])
     assert curve[["x", "value", "n"]].values.tolist() == [[0.0, 0.5, 2]]
 
 
 def test_chains_of_unequal_length_meet_on_fractions() -> None:
     rows = [
-        {"reader": "A", "measure": "filler", "metric": "same", "problem_id": p, "chain_id": p, "step": i, "value": float(i == n)}
+        {"reader": "A", "measure": "filler", "variant": "matched", "metric": "same", "problem_id": p, "chain_id": p, "step": i, "value": float(i == n)}
         for p, n in (("p", 2), ("q", 5))
         for i in range(n + 1)
     ]  # fmt: skip
