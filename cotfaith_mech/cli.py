@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -179,7 +180,8 @@ def doctor(as_json: AsJson = False) -> None:
     """Versions, device, memory, models at hand, and a short self-test. Example: cotfaith doctor"""
     from .doctor import examine
 
-    rows = examine()
+    with _bars(as_json) as progress:
+        rows = examine(progress)
     if as_json:
         typer.echo(json.dumps({"checks": rows}))
     else:
@@ -201,13 +203,13 @@ def bench(
     from .bench import behaviour_battery, patch_layer_token
 
     benches = {
-        "patch_layer_token": lambda: patch_layer_token(n_tokens=tokens, rounds=rounds, sample=sample),
-        "behaviour_battery": lambda: behaviour_battery(rounds=rounds, sample=sample),
+        "patch_layer_token": partial(patch_layer_token, n_tokens=tokens, rounds=rounds, sample=sample),
+        "behaviour_battery": partial(behaviour_battery, rounds=rounds, sample=sample),
     }
     if only is not None and only not in benches:
         raise CotfaithError(f"--only {only!r} is no benchmark; use one of {', '.join(benches)}.")
     with _bars(as_json) as progress:
-        rows = [row for name in progress([only] if only else list(benches), "benchmarks") for row in benches[name]()]
+        rows = [row for name in ([only] if only else benches) for row in benches[name](progress)]
     if as_json:
         typer.echo(json.dumps({"rows": rows}))
         return

