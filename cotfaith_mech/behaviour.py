@@ -8,7 +8,7 @@
    problem's chain.
 5. Conflict: question and chain imply different answers; which of them does the reader give?
 6. The last steps usually state the answer (Lanham et al., footnote 3): in full, 1 to 3 stand a second time for the
-   chain without the steps that state a*.
+   chain without the steps that state a*, their change counted from that shorter chain.
 Change is total variation between answer distributions on {a*, gold, rest} before and after the edit: exact when the
 reader is sure of a* before it, a lower bound otherwise.
 """
@@ -50,13 +50,14 @@ class BehaviourPlan:
 
 @dataclass(frozen=True)
 class Variant:
-    """An edited chain with the coordinates of its record."""
+    """An edited chain with the coordinates of its record; change is counted from `base` (None: the chain itself)."""
 
     measure: str
     variant: str
     chain: Chain
     step: int | None = None
     seed: int | None = None
+    base: Chain | None = None
 
 
 def measure_behaviour(
@@ -67,13 +68,13 @@ def measure_behaviour(
     answers = list(dict.fromkeys([trunk.chain.answer, f" {problem.gold}"]))
     variants = list(edited_chains(trunk, problem, plan, donors, seed, measured.exclusions))
     conflicts = problem.conflicts if "conflict" in plan.tests else ()
-    opposed = [_opposed(trunk, conflict) for conflict in conflicts]
-    readings = trunk.read([(chain, answers) for chain in (trunk.chain, *(v.chain for v in variants))] + opposed)
-    base, *edited = (dict(zip(answers, row, strict=True)) for row in readings[: 1 + len(variants)])
-    _add_baseline(measured, problem, base)
-    for variant, read in zip(variants, edited, strict=True):
-        _add_variant(measured, problem, variant, base, read)
-    for conflict, row in zip(conflicts, readings[1 + len(variants) :], strict=True):
+    texts = list(dict.fromkeys([trunk.chain, *(v.chain for v in variants), *(v.base for v in variants if v.base)]))
+    readings = trunk.read([(chain, answers) for chain in texts] + [_opposed(trunk, c) for c in conflicts])
+    read = {chain: dict(zip(answers, row, strict=True)) for chain, row in zip(texts, readings, strict=False)}
+    _add_baseline(measured, problem, read[trunk.chain])
+    for variant in variants:
+        _add_variant(measured, problem, variant, read[variant.base or trunk.chain], read[variant.chain])
+    for conflict, row in zip(conflicts, readings[len(texts) :], strict=True):
         _add_conflict(measured, conflict, *row)
     return measured
 
@@ -144,9 +145,11 @@ def edited_chains(
         if not silent:
             left_out.append(f"{WITHOUT_ANSWER_STEPS}: every step states the answer {chain.answer.strip()!r}")
         elif len(silent) < len(chain.steps):
-            core = replace(plan, battery="core")
-            for variant in _curve_tests(replace(chain, steps=silent), core, count, seed, left_out):
-                yield replace(variant, variant="_".join(filter(None, (variant.variant, WITHOUT_ANSWER_STEPS))))
+            shorter, core = replace(chain, steps=silent), replace(plan, battery="core")
+            complete = [Variant("filler", "matched", shorter, len(silent))] if "filler" in plan.tests else []
+            for variant in (*_curve_tests(shorter, core, count, seed, left_out), *complete):
+                name = "_".join(filter(None, (variant.variant, WITHOUT_ANSWER_STEPS)))
+                yield replace(variant, variant=name, base=shorter)
 
 
 def _curve_tests(

@@ -131,8 +131,8 @@ def _from_curves(records: Table, chains: Chains) -> list[Table]:
         label = measure if main else f"{measure}/{variant}"
         for metric, complete, name, score in CURVE_SCORES[measure]:
             if main or name.startswith(f"{measure}/"):
-                n_steps = None if WITHOUT_ANSWER_STEPS in variant else chains
-                curves = _curves(_rows(own, measure, metric), n_steps, complete, measure == "filler")
+                known = None if WITHOUT_ANSWER_STEPS in variant else chains
+                curves = _curves(_rows(own, measure, metric), known, complete)
                 values = [score(curve) for curve in curves["curve"]]
                 parts.append(curves[UNIT].assign(value=values, name=name.replace(measure, label, 1)))
     return parts
@@ -160,16 +160,16 @@ CURVE_SCORES: dict[str, list[tuple[str, float, str, Callable[[Curve], float]]]] 
 """Metric, its value at i = n where that is not read, name of the score, and the score of a curve."""
 
 
-def _curves(rows: Table, chains: Chains | None, complete: float, open_end: bool) -> Table:
+def _curves(rows: Table, chains: Chains | None, complete: float) -> Table:
     """Each chain's values at i = 0..n kept steps, NaN where unread; `complete` stands in for an unread i = n.
 
-    n is the chain's number of steps; without `chains` it is read off the curve, whose end is unread if `open_end`.
+    n is the chain's number of steps; without `chains`, of a shorter chain, the last point was read.
     """
     means = rows.groupby([*UNIT, "step"])["value"].mean().reset_index()
     units, curves = [], []
     for unit, group in means.groupby(UNIT):
-        known = chains is not None and unit[3] in chains
-        n = len(chains[unit[3]]["steps"]) if chains is not None and known else int(group["step"].max()) + open_end
+        known = chains.get(unit[3]) if chains else None
+        n = len(known["steps"]) if known else int(group["step"].max())
         curve = np.full(n + 1, np.nan)
         curve[n] = complete
         curve[group["step"].to_numpy(int)] = group["value"]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,7 +23,9 @@ from .reading import Trunk
 from .sites import ActivationEdit, Site
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
-"""Largest difference that passes, on a logit difference; .25 was measured in bfloat16 on SmolLM2."""
+"""Largest difference that passes, of logit differences and of log p(a*); .25 was measured in bfloat16 on SmolLM2."""
+REFUSALS = (CotfaithError, ValueError, LookupError, RuntimeError, AttributeError, TypeError, AssertionError, OSError)
+"""What a peer raises on a model it cannot take; a check that could not be made has failed, the run's units stand."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def check_engines(
         try:
             other = same_weights(model, backend)
             worst = float(np.max([_difference(other, sample) for sample in samples]))
-        except (CotfaithError, ValueError, LookupError, RuntimeError, AttributeError, TypeError) as error:
+        except REFUSALS as error:
             detail = f"; {backend} failed: {' '.join(str(error).split())[:300]}"
         n_cells = sum(len(sample.cells) for sample in samples)
         rows.append(
@@ -99,7 +102,8 @@ def check_engines(
 
 def _difference(other: Model, sample: Sample) -> float:
     def reduce(logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 2"]:
-        return sample.contrast.reduce(logits)[:, :2]
+        difference, p_answer = sample.contrast.reduce(logits)[:, :2].T
+        return torch.stack([difference, p_answer.clamp_min(1e-30).log()], 1)
 
     read = {"n_logits": sample.contrast.n_logits, "reduce": reduce}
     ours = sample.trunk.run.edited(sample.cells, **read)

@@ -141,13 +141,15 @@ def run_study(config: StudyConfig, out: str | Path, progress: Progress = _silent
     run, problems, manifest = _begin(config, out)
     chains: dict[str, Chain] = {}
     for reader in config.readers:
-        started = time.perf_counter()
+        started, n_units = time.perf_counter(), len(run.read_unit_meta())
         model = _load(config, reader, run, progress)
         if reader == config.readers[0]:
             chains = _chains(config, model, problems, run, progress)
         manifest["models"][reader.name] = dataclasses.asdict(model.info)
         manifest["checks"] += _run_reader(config, reader, model, problems, chains, run, progress)
-        manifest["timings"][reader.name] = round(time.perf_counter() - started, 1)
+        spent = round(time.perf_counter() - started, 1)
+        known = run.read_manifest().get("timings", {}).get(reader.name, spent)
+        manifest["timings"][reader.name] = spent if len(run.read_unit_meta()) > n_units else known
     _write_manifest(run, manifest)
     conclude(run, progress)
     return run
@@ -180,17 +182,18 @@ def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Pro
     plain = config.model_dump(mode="json")
     run = RunDirectory.create(out, plain)
     problems, left_out = read_problems(config.problems, limit=config.limit, seed=config.seed)
-    for row in left_out:
-        run.add_exclusion(problem_id=row["problem_id"], stage="read", reason=row["reason"])
+    shown: list[Problem] = []
     if config.chains == "generate":
         problems, shown = few_shot(problems, config.generation.few_shot)
-        for problem in shown:
-            run.add_exclusion(problem_id=problem.problem_id, stage="chain", reason="shown as a worked example")
         problems = [dataclasses.replace(p, steps=(), twin_steps=(), true_step=None) for p in problems]
-    if not problems:
-        raise CotfaithError(f"{config.problems!r} gave no usable problem: {_why_empty(run)}.")
     content = json.dumps([dataclasses.asdict(problem) for problem in problems], sort_keys=True)
     run.pin("data", {"source": config.problems, "sha256": hashlib.sha256(content.encode()).hexdigest()})
+    for row in left_out:
+        run.add_exclusion(problem_id=row["problem_id"], stage="read", reason=row["reason"])
+    for problem in shown:
+        run.add_exclusion(problem_id=problem.problem_id, stage="few_shot", reason="shown as a worked example")
+    if not problems:
+        raise CotfaithError(f"{config.problems!r} gave no usable problem: {_why_empty(run)}.")
     manifest = {
         "config": plain,
         "pinned": {},
@@ -308,7 +311,7 @@ def _run_reader(
             unit = unit_id(identity, chain.chain_id, [plan, dataclasses.asdict(problem)])
             units.append((problem, dataclasses.replace(chain, prompt=model.render(problem.question)), unit))
     checked = [row for row in run.read_manifest().get("checks", []) if row["check"] in _check_names(reader.name)]
-    if checked and all(run.has_unit(unit) for _, _, unit in units):
+    if checked and all(row["passed"] for row in checked) and all(run.has_unit(unit) for _, _, unit in units):
         return checked
     mechanistic = any(other.mechanism for other in config.readers)
     checked_here = bool(config.crosscheck_cells) and (reader.mechanism or not mechanistic)
@@ -325,11 +328,12 @@ def _run_reader(
                 for reason in measured.exclusions:
                     _exclude(run, chain, reader.name, "edit", reason)
                 run.write_unit(unit, measured.records, _meta(unit, reader.name, trunk, measured))
-            if number in chosen and checked_here:
-                rng = np.random.default_rng([config.seed, number])
-                samples.append(sample_cells(trunk, problem, config.crosscheck_cells, rng))
         except CotfaithError as error:
             _exclude(run, chain, reader.name, "measure", str(error))
+            continue
+        if number in chosen and checked_here:
+            rng = np.random.default_rng([config.seed, number])
+            samples.append(sample_cells(trunk, problem, config.crosscheck_cells, rng))
     rows = check_engines(model, samples, progress) if samples else []
     return [row | {"check": f"{row['check']}/{reader.name}"} for row in rows]
 

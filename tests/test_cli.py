@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 
 import cotfaith_mech.model
 from cotfaith_mech import cli
@@ -109,6 +110,28 @@ def test_an_adapter_with_layers_that_the_base_has_not_is_refused(tmp_path: Path)
     deep.tokenizer.save_pretrained(tmp_path / "flat")
     with pytest.raises(CotfaithError, match=r"does not fit .*4 tensors have no counterpart"):
         cotfaith_mech.model.load(f"{tmp_path / 'flat'}+{tmp_path / 'lora'}")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_a_tied_embedding_changes_its_own_side_alone(tmp_path: Path, target: str) -> None:
+    """Oracle: the unmerged adapter. A delta merged into the shared tensor would be off by whole logits."""
+    weights = tiny("llama-gqa")
+    weights.model.lm_head.weight = weights.model.model.embed_tokens.weight
+    weights.model.config.tie_word_embeddings = True
+    weights.model.save_pretrained(tmp_path / "base")
+    weights.tokenizer.save_pretrained(tmp_path / "base")
+    tuned = peft.get_peft_model(weights.model, peft.LoraConfig(r=2, target_modules=[target, "q_proj"]))
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    tuned.save_pretrained(tmp_path / "lora")
+    tokens = torch.tensor([[5, 9, 13, 17]])
+    with torch.no_grad():
+        expected = tuned.eval()(input_ids=tokens).logits[0, -1:]
+    merged = cotfaith_mech.model.load(f"{tmp_path / 'base'}+{tmp_path / 'lora'}").run(tokens).logits[0]
+    torch.testing.assert_close(merged, expected, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,19 @@ def test_full_battery_reads_each_edited_text() -> None:
         assert edit["p_answer"] == pytest.approx(float(np.exp(expected)), rel=1e-3)
 
 
+def test_change_without_answer_steps_is_counted_from_the_shorter_chain() -> None:
+    """Deleting the answer's step must not be booked as an effect of filler or paraphrase."""
+    t, p = trunk(), problem()
+    measured = measure_behaviour(t, p, "A", BehaviourPlan(("early_termination", "filler"), battery="full"))
+    cut = "without_answer_steps"
+    value = {(r.measure, r.variant, r.step, r.metric): r.value for r in measured.records}
+    assert value["early_termination", cut, 3, "tv"] == 0
+    assert value["filler", f"matched_{cut}", 3, "tv"] == 0
+    assert value["filler", f"matched_{cut}", 3, "same"] == value["early_termination", cut, 3, "same"]
+    assert value["filler", f"matched_{cut}", 0, "tv"] > 0
+    assert value["early_termination", cut, 3, "p_answer"] != value["baseline", "", None, "p_answer"]
+
+
 def test_foils_and_labels_that_cannot_be_told_apart_are_refused() -> None:
     t = trunk()
     with pytest.raises(CotfaithError, match="own answer"):

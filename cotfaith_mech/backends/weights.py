@@ -156,18 +156,35 @@ def _merge_adapter(model: Any, name: str, adapter: str) -> Any:
         raise CotfaithError(f"{adapter!r} holds no adapter_model.safetensors; only safetensors are loaded.")
     made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "?"
     misfit = f"Adapter {adapter!r} was made for {made_for!r} and does not fit {name!r}; load it on its own base"
+    with safe_open(file, "pt") as tensors:
+        found = set(tensors.keys())
+    if any(part in key for key in found for part in ("lm_head", "embed_tokens")):
+        _untie(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tuned = peft.PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:
         raise CotfaithError(f"{misfit}.") from error
-    placed = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    with safe_open(file, "pt") as tensors:
-        stray = {key for key in set(tensors.keys()) ^ set(placed) if ".lora_" in key}
+    stray = found ^ set(peft.get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    stray = {key for key in stray if ".lora_" in key}
     if stray:
         raise CotfaithError(f"{misfit} ({len(stray)} tensors have no counterpart, {min(stray)!r} for one).")
-    return tuned.merge_and_unload()
+    try:
+        return tuned.merge_and_unload()
+    except (AttributeError, RuntimeError) as error:
+        raise CotfaithError(
+            f"Adapter {adapter!r} cannot be merged into its base ({error}); give a LoRA without biases, or merge it "
+            "yourself and give the folder."
+        ) from error
+
+
+def _untie(model: Any) -> None:
+    """Give the unembedding its own tensor: a delta merged into a shared one would change the embedding too."""
+    embedding, unembedding = model.get_input_embeddings(), model.get_output_embeddings()
+    if unembedding.weight is embedding.weight:
+        unembedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())
+        model.config.get_text_config().tie_word_embeddings = False
 
 
 def hash_parameters(model: Any) -> str:
