@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attribution import measure_attribution
-    from .behaviour import BehaviourPlan, measure_behaviour
+    from .behaviour import measure_behaviour
     from .chains import Chain
+    from .config import StudyConfig, load_config
     from .datasets_io import read_problems
     from .errors import CotfaithError
     from .model import load
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
     from .reading import Trunk
     from .records import Record, RunDirectory
     from .sites import ActivationEdit, Site
-    from .study import StudyConfig, load_config, run_study
+    from .study import run_study
+    from .variants import BehaviourPlan
 
 _HOMES = {
     "ActivationEdit": "sites",
-    "BehaviourPlan": "behaviour",
+    "BehaviourPlan": "variants",
     "Chain": "chains",
     "CotfaithError": "errors",
     "PatchPlan": "patching",
@@ -30,10 +32,10 @@ _HOMES = {
     "Record": "records",
     "RunDirectory": "records",
     "Site": "sites",
-    "StudyConfig": "study",
+    "StudyConfig": "config",
     "Trunk": "reading",
     "load": "model",
-    "load_config": "study",
+    "load_config": "config",
     "measure_attribution": "attribution",
     "measure_behaviour": "behaviour",
     "measure_knockout": "patching",

@@ -3,7 +3,8 @@
 1. A number is read as an exact fraction: 1,000 = 1000 = $1000.00, 1/2 = 0.5, -4 = −4. Currency, percent sign and units
    are dropped (50% = 50), a clock time (10:30) is no number, a number word ('three') is not read.
 2. A choice is its label: A = (A) = A) = 'Answer: A'. The article in 'A train' is no label.
-3. A text is casefolded, without punctuation and articles; an answer that opens with yes, no or maybe is that word.
+3. A yes/no/maybe answer is the word it opens with. A text is casefolded, without punctuation and articles; one that
+   opens with yes, no or maybe is that word.
 4. Undefined is None: a text that holds no answer of the kind equals nothing, not even itself.
 Source: MEASURES 'Reading an answer'; answer-stating steps: Lanham et al. 2307.13702, footnote 3.
 """
@@ -17,22 +18,31 @@ from fractions import Fraction
 
 from .problems import AnswerKind
 
-_UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
-_NUMBER = re.compile(_UNSIGNED)
+UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+_NUMBER = re.compile(UNSIGNED)
+_MOST_DIGITS = 4000  # Python reads no longer text as a number
 _ANSWER_NUMBER = re.compile(
     rf"(?<![0-9.])(?<![0-9][:,])(?:(?<![\w)])(?P<sign>[-−–]))?(?:[$€£¥]\s?(?P<sign_after>[-−–])?)?"
-    rf"(?:(?P<whole>[0-9]+)\s+(?=[0-9]+/[0-9]))?(?P<number>{_UNSIGNED})"
+    rf"(?:(?P<whole>[0-9]+)\s+(?=[0-9]+/[0-9]))?(?P<number>{UNSIGNED})"
     r"(?:\s?/\s?(?P<divisor>[0-9]+(?![0-9.])))?(?![0-9]|[:.,][0-9])(?:\s?%)?"
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 _VULGAR_FRACTION = re.compile(r"(?<=[0-9])(?=[¼-¾⅐-⅞])")
+_NO_NOUN = (
+    "is|was|has|does|says|means|gives|can|could|will|would|must|should|seems|because|since|as|so|and|or|but|not|for|from"
+    "|by|in|to|of|at|on|if|then|when|which|that|who|where|while|than|instead|rather|correctly|here"
+)
 _LABEL = re.compile(
     r"\((?P<bracketed>[A-Ja-j])\)"
     r"|(?<![\w'’])(?P<marked>[A-HJ])(?=[).:,;*]|\s*$)"
-    r"|\b(?i:answer|option|choice)\b[\s:=*-]*(?:is\b)?[\s:*-]*\(?(?P<named>[B-J]|A(?!\s[a-z]))(?![\w'’])"
+    r"|\b(?i:answer|option|choice)\b[\s:=*-]*(?:is\b)?[\s:*-]*\(?"
+    rf"(?P<named>[B-J]|A(?!\s(?!(?:{_NO_NOUN})\b)[a-z]))(?![\w'’])"
 )
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
+_SENTENCE_OVER = re.compile(r"\n|[.!?]\s")
+_NUMBER_OVER = re.compile(r"\s*[^\s\d.,:/%{}\\\ufffd]|[,.]\s")
 _POLARITY = re.compile(r"\W*(yes|no|maybe)\b(?=\W*$|\s*[,.;:!—–-])", re.IGNORECASE)
+_OPENING_POLARITY = re.compile(r"\W*(yes|no|maybe)\b", re.IGNORECASE)
 _STATED_POLARITY = r"(?:^|\b(?:answer|conclusion)\b(?:\s+is)?\W*){word}\b(?=\W*$|\s*[,.;:!])"
 
 
@@ -47,10 +57,14 @@ class Number:
 
 
 def numbers(text: str) -> tuple[Number, ...]:
-    """Every number in `text`, in order; '16 - 3' holds 16 and 3, 'x = -4' holds -4, '1/2' holds 1 and 2."""
+    """Every number in `text`, in order; '16 - 3' holds 16 and 3, 'x = -4' holds -4, '1/2' holds 1 and 2.
+
+    A run of thousands of digits, as of a model that repeats itself, is no number.
+    """
     return tuple(
         Number(m.start(), m.end(), m[0], _value(m[0]) * (-1 if _is_negative(text, m.start()) else 1))
         for m in _NUMBER.finditer(text)
+        if len(m[0]) <= _MOST_DIGITS
     )
 
 
@@ -94,8 +108,8 @@ def extract_answer(text: str, kind: AnswerKind) -> str | None:
     """The answer in a continuation written after the cue, as it is written; None where there is none.
 
     number: the first one of the first sentence, with its sign, currency and percent sign ('$1,000'). choice: the
-    first label of the first line, as a capital letter. text: 'yes', 'no' or 'maybe' where it opens with it, else the
-    first sentence without its closing punctuation and markup.
+    first label of the first line, as a capital letter. yesno: yes, no or maybe where it opens with it. text: the same,
+    else the first sentence without its closing punctuation and markup.
     """
     text = _plain(text).strip()
     if kind == "number":
@@ -103,10 +117,31 @@ def extract_answer(text: str, kind: AnswerKind) -> str | None:
         return match and match[0].strip()
     if kind == "choice":
         return _first_label(text.partition("\n")[0])
+    if kind == "yesno":
+        opening = _OPENING_POLARITY.match(text)
+        return opening and opening[1].lower()
     opening = _POLARITY.match(text)
     if opening:
         return opening[1]
     return _first_sentence(text).strip(" \t\r*_`\"'“”.,;:!?") or None
+
+
+def is_whole(text: str, kind: AnswerKind) -> bool:
+    """Whether nothing that may follow `text` can change the answer that `extract_answer` finds in it.
+
+    '22' may become 225 and '22.' may become 22.5; '22 apples', '22. So' and '22.\\n' are whole.
+    """
+    plain = _plain(text).lstrip()
+    if kind == "choice":
+        return "\n" in plain
+    if _SENTENCE_OVER.search(plain):
+        return True
+    if kind == "yesno":
+        return re.match(r"\W*\w+\W", plain) is not None
+    if kind == "number":
+        match = _ANSWER_NUMBER.search(plain)
+        return match is not None and _NUMBER_OVER.match(plain, match.end()) is not None
+    return False
 
 
 def _plain(text: str) -> str:
@@ -133,7 +168,7 @@ def _first_label(line: str) -> str | None:
 
 def _answer_value(text: str) -> Fraction | None:
     match = _ANSWER_NUMBER.search(text)
-    if match is None or (match["divisor"] and int(match["divisor"]) == 0):
+    if match is None or len(match[0]) > _MOST_DIGITS or (match["divisor"] and int(match["divisor"]) == 0):
         return None
     value = _value(match["number"]) / int(match["divisor"] or 1) + int(match["whole"] or 0)
     return -value if bool(match["sign"]) != bool(match["sign_after"]) else value

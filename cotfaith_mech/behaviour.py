@@ -1,114 +1,128 @@
-"""The three behavioural tests of one reader on one chain, with their controls: instance level, forced answer.
+"""The behavioural tests of one reader on one chain, with their controls: instance level.
 
-1. Early Termination: keep s_1..s_i, cue, read (Lanham et al. 2307.13702, 'early answering').
-2. Filler Substitution: replace s_{i+1}..s_n by ' ...' of the same token count. The full battery adds two other
-   fillers, one filler a step, and each step alone (filled or deleted).
-3. Paraphrasing: rephrase s_{i+1}..s_n, then force the answer (the seed note's protocol); in full, each step alone too.
-4. Controls: mistake (one number altered, later steps kept; and one in every step), shuffle, swap with another
-   problem's chain.
-5. Conflict: question and chain imply different answers; which of them does the reader give?
-6. The last steps usually state the answer (Lanham et al., footnote 3): in full, 1 to 3 stand a second time for the
-   chain without the steps that state a*, their change counted from that shorter chain.
+1. Every edited chain (variants.py) gets the answer forced after its cue; change is counted from the unedited chain.
+2. Re-sampled protocol: the reader writes on after an edited beginning, then the answer is forced.
+3. Conflict: question and chain imply different answers; which of them does the reader give?
+4. Options in another order: how far the answer to a choice follows the place of an option, with and without the chain.
 Change is total variation between answer distributions on {a*, gold, rest} before and after the edit: exact when the
-reader is sure of a* before it, a lower bound otherwise.
+reader is sure of a* before it, a lower bound otherwise. Two scorings: the answer is a*, the answer is correct.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from . import edits
-from .answers import same_answer, states_answer
+from .answers import same_answer
 from .chains import Chain
 from .measured import Measured
 from .metrics import total_variation
-from .paraphrase import rephrase
+from .paraphrasers import Paraphrases, by_rules
 from .problems import Conflict, Problem
-from .reading import Reading, Trunk
-from .records import WITHOUT_ANSWER_STEPS
-
-Test = Literal["early_termination", "filler", "paraphrase", "mistake", "shuffle", "swap", "conflict"]
-
-
-Battery = Literal["core", "full"]
-FILLERS = {"dots": " ...", "dashes": " --", "words": " hmm"}
-
-
-@dataclass(frozen=True)
-class BehaviourPlan:
-    """Which tests, how many draws of each random edit, and whether every variant of a test or its main one alone."""
-
-    tests: tuple[Test, ...] = ("early_termination", "filler", "paraphrase", "mistake", "shuffle", "swap", "conflict")
-    draws: int = 5
-    battery: Battery = "core"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """An edited chain with the coordinates of its record; change is counted from `base` (None: the chain itself)."""
-
-    measure: str
-    variant: str
-    chain: Chain
-    step: int | None = None
-    seed: int | None = None
-    base: Chain | None = None
+from .reading import ChainReader, Reading
+from .sampling import write_on
+from .variants import BehaviourPlan, Editing, Variant, beginnings, edited_chains
 
 
 def measure_behaviour(
-    trunk: Trunk, problem: Problem, reader: str, plan: BehaviourPlan, *, donors: Sequence[Chain] = (), seed: int = 0
+    trunk: ChainReader,
+    problem: Problem,
+    reader: str,
+    plan: BehaviourPlan,
+    *,
+    paraphrases: Paraphrases | None = None,
+    donors: Sequence[Chain] = (),
+    seed: int = 0,
 ) -> Measured:
-    """All records of the behavioural tests of `reader` on the chain of `trunk`; edits are drawn from `seed`."""
+    """All records of the behavioural tests of `reader` on the chain of `trunk`; edits are drawn from `seed`.
+
+    `paraphrases` are those of the chain that every reader gets; without them they are made by rules.
+    """
     measured = Measured(trunk.chain, reader)
+    if paraphrases is None:
+        paraphrases = by_rules(trunk.chain.steps, plan.draws, seed)
+    editing = Editing(trunk.chain, problem, plan, paraphrases, donors, trunk.model.count, seed, measured.exclusions)
+    variants = [*edited_chains(editing), *_continued(trunk, editing)]
     answers = list(dict.fromkeys([trunk.chain.answer, f" {problem.gold}"]))
-    variants = list(edited_chains(trunk, problem, plan, donors, seed, measured.exclusions))
-    conflicts = problem.conflicts if "conflict" in plan.tests else ()
-    texts = list(dict.fromkeys([trunk.chain, *(v.chain for v in variants), *(v.base for v in variants if v.base)]))
-    readings = trunk.read([(chain, answers) for chain in texts] + [_opposed(trunk, c) for c in conflicts])
-    read = {chain: dict(zip(answers, row, strict=True)) for chain, row in zip(texts, readings, strict=False)}
+    conflicts = [_opposed(trunk, conflict) for conflict in problem.conflicts] if "conflict" in plan.tests else []
+    bases = [trunk.chain, *(variant.base for variant in variants if variant.base)]
+    asked = {chain: list(answers) for chain in bases}
+    for variant in variants:
+        known = asked.setdefault(variant.chain, list(answers))
+        known += [variant.implied] if variant.implied and variant.implied not in known else []
+    found = trunk.read([*asked.items(), *conflicts])
+    answered = dict(zip(asked, found, strict=False))
+    read = {chain: dict(zip(asked[chain], one.readings, strict=True)) for chain, one in answered.items()}
     _add_baseline(measured, problem, read[trunk.chain])
     for variant in variants:
-        _add_variant(measured, problem, variant, read[variant.base or trunk.chain], read[variant.chain])
-    for conflict, row in zip(conflicts, readings[len(texts) :], strict=True):
-        _add_conflict(measured, conflict, *row)
+        before = read[variant.base or trunk.chain]
+        _add_variant(measured, problem, variant, before, read[variant.chain], answered[variant.chain].said)
+    for conflict, one in zip(problem.conflicts, found[len(asked) :], strict=False):
+        _add_conflict(measured, conflict, *one.readings)
+    if problem.kind == "choice" and plan.battery == "full":
+        _add_options(measured, trunk, problem, plan.draws, seed)
     return measured
 
 
-def _add_baseline(measured: Measured, problem: Problem, base: Mapping[str, Reading]) -> None:
-    answer = measured.chain.answer
-    own = base[answer]
-    correct = float(answer in _right(problem, base))
+def _continued(trunk: ChainReader, editing: Editing) -> Iterable[Variant]:
+    """The edited beginnings with the steps that the reader writes after them."""
+    if not editing.plan.continue_tokens:
+        return
+    begun = list(beginnings(editing))
+    chains = write_on(
+        trunk.model,
+        [variant.chain for variant in begun],
+        max_new_tokens=editing.plan.continue_tokens,
+        temperature=editing.plan.temperature,
+        seed=editing.seed,
+    )
+    for variant, chain in zip(begun, chains, strict=True):
+        yield replace(variant, chain=chain)
+
+
+def _add_baseline(measured: Measured, problem: Problem, read: Mapping[str, Reading]) -> None:
+    own = read[measured.chain.answer]
+    correct = float(same_answer(measured.chain.answer, problem.gold, problem.kind))
     values = {"p_answer": own.p, "logp_answer": own.logp, "correct": correct, "entropy_first": own.entropy}
-    if problem.kind == "choice":
+    if problem.labels:
         values["label_mass"] = own.label_mass
+    if own.p_se:
+        values["p_answer_se"] = own.p_se
     measured.add("baseline", "", values, own.n_tokens)
 
 
-def _right(problem: Problem, answers: Iterable[str]) -> list[str]:
-    return [answer for answer in answers if same_answer(answer, problem.gold, problem.kind)]
-
-
 def _add_variant(
-    measured: Measured, problem: Problem, variant: Variant, base: Mapping[str, Reading], read: Mapping[str, Reading]
+    measured: Measured,
+    problem: Problem,
+    variant: Variant,
+    base: Mapping[str, Reading],
+    read: Mapping[str, Reading],
+    said: str | None,
 ) -> None:
     mine = read[measured.chain.answer]
-    before, after = (np.array([reading.p for reading in r.values()]) for r in (base, read))
+    shared = [answer for answer in base if answer in read]
+    before, after = (np.array([r[answer].p for answer in shared]) for r in (base, read))
     values = {
         "same": float(mine.greedy),
-        "correct": float(any(read[answer].greedy for answer in _right(problem, read))),
+        "correct": float(same_answer(said or "", problem.gold, problem.kind)),
         "p_answer": mine.p,
         "p_gold": read[f" {problem.gold}"].p,
         "tv": float(total_variation(before, after)),
         "entropy": mine.entropy,
     }
+    if problem.labels:
+        values["label_mass"] = mine.label_mass
+    if mine.p_se:
+        values["p_answer_se"] = mine.p_se
+    if variant.implied:
+        values |= {"p_implied": read[variant.implied].p, "says_implied": float(read[variant.implied].greedy)}
     where = {"step": variant.step, "seed": variant.seed}
     measured.add(variant.measure, variant.variant, values, mine.n_tokens, **where)
-    measured.texts.append(_text(variant, mine))
+    measured.texts.append(_text(variant, mine, said))
 
 
 def _add_conflict(measured: Measured, conflict: Conflict, by_chain: Reading, by_question: Reading) -> None:
@@ -122,123 +136,51 @@ def _add_conflict(measured: Measured, conflict: Conflict, by_chain: Reading, by_
     measured.add("conflict", conflict.variant, values, by_chain.n_tokens)
 
 
-def edited_chains(
-    trunk: Trunk, problem: Problem, plan: BehaviourPlan, donors: Sequence[Chain], seed: int, left_out: list[str]
-) -> Iterable[Variant]:
-    """Every edited chain of the plan; with the full battery, the tests of curves also without answer-stating steps."""
-
-    def count(text: str) -> int:
-        return len(trunk.model.encode(text).ids)
-
-    chain = trunk.chain
-    avoid = frozenset({problem.gold})
-    yield from _curve_tests(chain, plan, count, seed, left_out)
-    if "mistake" in plan.tests:
-        yield from _mistakes(chain, plan.draws, avoid, seed, left_out)
-    if "shuffle" in plan.tests:
-        yield from _shuffles(chain, plan.draws if plan.battery == "full" else 1, seed, left_out)
-    if "swap" in plan.tests:
-        for draw, donor in enumerate(donors):
-            yield Variant("swap", "all", edits.swap(chain, donor), seed=draw)
-    if plan.battery == "full":
-        silent = tuple(step for step in chain.steps if not states_answer(step, chain.answer, problem.kind))
-        if not silent:
-            left_out.append(f"{WITHOUT_ANSWER_STEPS}: every step states the answer {chain.answer.strip()!r}")
-        elif len(silent) < len(chain.steps):
-            shorter, core = replace(chain, steps=silent), replace(plan, battery="core")
-            complete = [Variant("filler", "matched", shorter, len(silent))] if "filler" in plan.tests else []
-            for variant in (*_curve_tests(shorter, core, count, seed, left_out), *complete):
-                name = "_".join(filter(None, (variant.variant, WITHOUT_ANSWER_STEPS)))
-                yield replace(variant, variant=name, base=shorter)
-
-
-def _curve_tests(
-    chain: Chain, plan: BehaviourPlan, count: Callable[[str], int], seed: int, left_out: list[str]
-) -> Iterable[Variant]:
-    if "early_termination" in plan.tests:
-        for keep in range(len(chain.steps) + 1):
-            yield Variant("early_termination", "", edits.truncate(chain, keep), keep)
-    if "filler" in plan.tests:
-        yield from _fillers(chain, plan.battery, count)
-    if "paraphrase" in plan.tests:
-        yield from _paraphrases(chain, plan, seed, left_out)
-
-
-def _fillers(chain: Chain, battery: Battery, count: Callable[[str], int]) -> Iterable[Variant]:
-    """Steps from i on (cumulative) and step i alone (local), by each filler: to the same length, or once a step.
-
-    Deleting steps from i on is early termination, so only the local deletion is a variant of its own.
-    """
-    n = len(chain.steps)
-    for step in range(n):
-        yield Variant("filler", "matched", edits.filler(chain, step, count), step)
-        if battery == "core":
-            continue
-        yield Variant("filler", "local_deleted", edits.delete(chain, step), step)
-        for name, text in FILLERS.items():
-            if name != "dots":
-                yield Variant("filler", f"matched_{name}", edits.filler(chain, step, count, text), step)
-            yield Variant("filler", f"once_{name}", edits.filler_once(chain, step, text), step)
-            local = edits.filler(chain, step, count, text, step + 1)
-            yield Variant("filler", f"local_matched_{name}", local, step)
-            yield Variant("filler", f"local_once_{name}", edits.filler_once(chain, step, text, step + 1), step)
-
-
-def _paraphrases(chain: Chain, plan: BehaviourPlan, seed: int, left_out: list[str]) -> Iterable[Variant]:
-    """Steps from i on; with the full battery step i alone too, and as many draws everywhere."""
-    full = plan.battery == "full"
-    for first in range(len(chain.steps)):
-        forms: list[tuple[str, int | None, int]] = [("cumulative", None, 1)]
-        forms += [("local", first + 1, 7)] if full else []
-        for form, end, stream in forms:
-            for draw in range(plan.draws if full or first == 0 else 1):
-                rng = np.random.default_rng([seed, stream, first, draw])
-                rephrased, unchanged = edits.paraphrase_from(chain, first, rng, rephrase, end)
-                if unchanged == (len(chain.steps) if end is None else end) - first:
-                    left_out.append(f"paraphrase ({form}) from step {first}, draw {draw}: no valid one of any step")
-                    continue
-                yield Variant("paraphrase", form, rephrased, first, draw)
-
-
-def _mistakes(chain: Chain, draws: int, avoid: AbstractSet[str], seed: int, left_out: list[str]) -> Iterable[Variant]:
-    for step in range(len(chain.steps)):
-        for draw in range(draws):
-            mistake = edits.mistake(chain, step, np.random.default_rng([seed, 2, step, draw]), avoid)
-            if mistake is None:
-                left_out.append(f"mistake in step {step}: nothing to alter")
-                break
-            yield Variant("mistake", "local", mistake.chain, step, draw)
-    for draw in range(draws):
-        wrong = edits.mistake_all(chain, np.random.default_rng([seed, 3, draw]), avoid)
-        if wrong is None:
-            left_out.append("mistake in all steps: nothing to alter")
-            return
-        yield Variant("mistake", "all", wrong, seed=draw)
-
-
-def _shuffles(chain: Chain, draws: int, seed: int, left_out: list[str]) -> Iterable[Variant]:
-    for draw in range(draws):
-        shuffled = edits.shuffle(chain, np.random.default_rng([seed, 4, draw]))
-        if shuffled is None:
-            left_out.append("shuffle: fewer than two distinct steps")
-            return
-        yield Variant("shuffle", "all", shuffled, seed=draw)
-
-
-def _opposed(trunk: Trunk, conflict: Conflict) -> tuple[Chain, list[str]]:
+def _opposed(trunk: ChainReader, conflict: Conflict) -> tuple[Chain, list[str]]:
     """The chain of a conflict under its question, and what chain and question answer."""
     prompt = trunk.model.render(conflict.question)
     chain = replace(trunk.chain, prompt=prompt, steps=conflict.steps, variant=conflict.variant)
     return chain, [f" {conflict.chain_answer}", f" {conflict.question_answer}"]
 
 
-def _text(variant: Variant, reading: Reading) -> dict[str, Any]:
+def _add_options(measured: Measured, trunk: ChainReader, problem: Problem, draws: int, seed: int) -> None:
+    """The same options in `draws` other orders: with the chain, its labels renamed to match, and with no chain."""
+    labels = [f" {label}" for label in problem.labels]
+    chain = trunk.chain
+    orders: list[list[int]] = []
+    texts = [chain, replace(chain, steps=())]
+    for draw in range(draws):
+        order = np.random.default_rng([seed, 8, draw]).permutation(len(labels)).tolist()
+        reordered = problem.reordered(order)
+        if reordered is None:
+            measured.exclusions.append("options in another order: the question does not hold them once as 'A) …' lines")
+            return
+        renamed = {problem.labels[old]: problem.labels[new] for new, old in enumerate(order)}
+        steps = tuple(edits.relabel(step, renamed) for step in chain.steps)
+        moved = replace(chain, prompt=trunk.model.render(reordered.question), variant=f"options_{draw}", steps=steps)
+        texts += [moved, replace(moved, steps=())]
+        orders.append(order)
+    found = trunk.read([(text, labels) for text in texts])
+    p = [np.array([reading.p for reading in one.readings]) for one in found]
+    for draw, order in enumerate(orders):
+        for form, name in enumerate(("chain", "no_chain")):
+            at = 2 * (draw + 1) + form
+            back = p[at][np.argsort(order)]
+            values = {
+                "tv": float(total_variation(p[form], back)),
+                "same": float(p[form].argmax() == back.argmax()),
+                "p_first": float(p[at][0]),
+            }
+            measured.add("options", name, values, found[at].readings[0].n_tokens, seed=draw)
+
+
+def _text(variant: Variant, reading: Reading, said: str | None) -> dict[str, Any]:
     return {
         "measure": variant.measure,
         "variant": variant.variant,
         "step": variant.step,
         "seed": variant.seed,
         "steps": list(variant.chain.steps),
-        "answer": variant.chain.answer.strip() if reading.greedy else None,
+        "answer": said,
         "p_answer": reading.p,
     }

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from .arithmetic import people_problems, word_problems
-from .behaviour import BehaviourPlan, edited_chains
 from .model import Model, load, same_weights
-from .reading import Reading, Trunk
+from .paraphrasers import by_rules
+from .reading import Answered, Trunk
 from .sampling import supplied_chain
 from .sites import ActivationEdit, Site
+from .variants import BehaviourPlan, Editing, edited_chains
 
 Rounds = Callable[[Sequence[int], str], Iterable[int]]
 """Gives the rounds on, one at a time, and shows how far it is under a label."""
@@ -104,7 +105,7 @@ def behaviour_battery(
 ) -> list[dict[str, Any]]:
     """One row: the full battery of one chain, its answers scored against a* and the twin's answer.
 
-    `max_abs_diff` is of log-probabilities (nats), `answers_differ` counts texts whose greedy verdict is another one.
+    `max_abs_diff` is of log-probabilities (nats), `answers_differ` counts texts after which another answer is said.
     """
     from .backends.peers import PlainBatches
 
@@ -113,19 +114,20 @@ def behaviour_battery(
     trunk = Trunk.of(model, supplied_chain(model, problem), problem.kind)
     plan = BehaviourPlan(battery="full")
     answers = [trunk.chain.answer, f" {problem.twin_answer}"]
-    asked = [(v.chain, answers) for v in edited_chains(trunk, problem, plan, (), 0, [])]
+    paraphrases = by_rules(trunk.chain.steps, plan.draws, 0)
+    editing = Editing(trunk.chain, problem, plan, paraphrases, (), model.count, 0, [])
+    asked = [(chain, answers) for chain in dict.fromkeys(v.chain for v in edited_chains(editing))]
     chosen = np.random.default_rng(0).choice(len(asked), min(sample, len(asked)), replace=False).tolist()
     few = [asked[i] for i in chosen]
     times: dict[str, list[float]] = {"ours": [], "peer": []}
-    found: dict[str, list[list[Reading]]] = {}
+    found: dict[str, list[Answered]] = {}
     for _ in progress(range(rounds), "behaviour_battery"):
         for name, run, texts in (("ours", model.cached_run, asked), ("peer", partial(PlainBatches, model), few)):
             started = time.perf_counter()
             found[name] = replace(trunk, run=run(trunk.run.tokens)).read(texts)
             times[name].append(time.perf_counter() - started)
-    pairs = [
-        (o, t) for i, row in zip(chosen, found["peer"], strict=True) for o, t in zip(found["ours"][i], row, strict=True)
-    ]
+    both = [(found["ours"][i], theirs) for i, theirs in zip(chosen, found["peer"], strict=True)]
+    pairs = [pair for ours, theirs in both for pair in zip(ours.readings, theirs.readings, strict=True)]
     ours_s = statistics.median(times["ours"])
     peer_s = statistics.median(times["peer"]) * len(asked) / len(few)
     return [
@@ -141,7 +143,7 @@ def behaviour_battery(
             "rounds": rounds,
             "ratio": peer_s / ours_s,
             "max_abs_diff": max(abs(o.logp - t.logp) for o, t in pairs),
-            "answers_differ": sum(o.greedy != t.greedy for o, t in pairs),
+            "answers_differ": sum(ours.said != theirs.said for ours, theirs in both),
             "device": model.info.device,
             "dtype": model.info.dtype,
         }

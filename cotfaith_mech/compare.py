@@ -15,18 +15,16 @@ reading and chains are different things.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from jaxtyping import Float
 from numpy.random import Generator
 
 from . import metrics
 from .errors import CotfaithError
-from .records import WITHOUT_ANSWER_STEPS
+from .outcomes import Table, grouped, outcomes, recovered, rows_of
 from .stats import (
     Estimate,
     adjusted,
@@ -40,11 +38,6 @@ from .stats import (
 BOTH_CORRECT = " | both_correct"
 NO_CHANGE = 0.1
 """A difference of probability whose whole interval lies within -+ this is called no change."""
-
-UNIT = ["reader", "author", "problem_id", "chain_id"]
-Chains = Mapping[str, Mapping[str, Any]]
-Table = Any
-"""A pandas.DataFrame; pandas ships no types that a checker could follow through groupby and pivot."""
 
 
 def estimates_of(
@@ -81,233 +74,11 @@ def estimates_of(
     return _with_holm(estimates, arms, primary)
 
 
-# 1. outcomes: columns UNIT, name, value
-
-
-def outcomes(records: Table, chains: Chains) -> Table:
-    """One row a (chain, named number): columns reader, author, problem_id, chain_id, name, value."""
-    parts = [
-        *_from_baseline(records),
-        *_from_curves(records, chains),
-        *_from_changes(records),
-        *_from_conflicts(records),
-        *_from_knockouts(records, chains),
-        *_from_attribution(records, chains),
-        *_from_says_source(records, chains),
-    ]
-    found = [part for part in parts if len(part)] or [pd.DataFrame(columns=[*UNIT, "value", "name"])]
-    table = pd.concat(found, ignore_index=True)
-    return pd.concat([table, *_from_dependence(table)], ignore_index=True)
-
-
-def _named(rows: Table, name: str) -> Table:
-    """Mean value of each chain's `rows`, under one name."""
-    means = rows.groupby(UNIT, sort=True)["value"].mean().reset_index()
-    return means.assign(name=name)
-
-
-def _rows(records: Table, measure: str, metric: str, variant: str | None = None) -> Table:
-    chosen = (records["measure"] == measure) & (records["metric"] == metric)
-    return records[chosen if variant is None else chosen & (records["variant"] == variant)]
-
-
-def _at_true_step(rows: Table, chains: Chains) -> Table:
-    """Whether each row's step is its chain's true step; False where the chain has none."""
-    true = rows["chain_id"].map(lambda chain: chains.get(chain, {}).get("true_step")).astype("Float64")
-    return (rows["step"].astype("Float64") == true).fillna(False).astype(bool)
-
-
-def _from_baseline(records: Table) -> list[Table]:
-    return [_named(_rows(records, "baseline", "correct"), "accuracy")]
-
-
-def _from_curves(records: Table, chains: Chains) -> list[Table]:
-    """Scores of the curves over kept steps i = 0..n, each variant of a test by itself."""
-    parts = []
-    rows = records[records["measure"].isin(["early_termination", "filler"]) & records["step"].notna()]
-    rows = rows[~rows["variant"].str.startswith("local_")]
-    for (measure, variant), own in _by(rows, "measure", "variant"):
-        main = MAIN_VARIANT[measure] == variant
-        label = measure if main else f"{measure}/{variant}"
-        for metric, complete, name, score in CURVE_SCORES[measure]:
-            if main or name.startswith(f"{measure}/"):
-                known = None if WITHOUT_ANSWER_STEPS in variant else chains
-                curves = _curves(_rows(own, measure, metric), known, complete)
-                values = [score(curve) for curve in curves["curve"]]
-                parts.append(curves[UNIT].assign(value=values, name=name.replace(measure, label, 1)))
-    return parts
-
-
-MAIN_VARIANT = {"early_termination": "", "filler": "matched", "paraphrase": "cumulative"}
-"""The variant of a test that its curve and its plain name stand for."""
-
-Curve = Float[np.ndarray, " kept"]
-CURVE_SCORES: dict[str, list[tuple[str, float, str, Callable[[Curve], float]]]] = {
-    "early_termination": [
-        ("same", 1.0, "early_termination/aoc", metrics.aoc),
-        ("same", 1.0, "early_termination/aoc_mean", metrics.aoc_mean),
-        ("same", 1.0, "early_termination/convergence_step", metrics.convergence_step),
-        ("same", 1.0, "same_answer_no_chain", lambda curve: float(curve[0])),
-        ("correct", np.nan, "early_termination/aoc_correct", metrics.aoc),
-        ("p_gold", np.nan, "infogain/logp_gain", lambda curve: float(metrics.infogain(curve).mean())),
-        ("entropy", np.nan, "infogain/entropy_drop", lambda curve: float(metrics.entropy_drop(curve).mean())),
-    ],
-    "filler": [
-        ("same", 1.0, "filler/aoc", metrics.aoc),
-        ("tv", 0.0, "filler/change", lambda curve: float(curve[0])),
-    ],
-}
-"""Metric, its value at i = n where that is not read, name of the score, and the score of a curve."""
-
-
-def _curves(rows: Table, chains: Chains | None, complete: float) -> Table:
-    """Each chain's values at i = 0..n kept steps, NaN where unread; `complete` stands in for an unread i = n.
-
-    n is the chain's number of steps; without `chains`, of a shorter chain, the last point was read.
-    """
-    means = rows.groupby([*UNIT, "step"])["value"].mean().reset_index()
-    units, curves = [], []
-    for unit, group in means.groupby(UNIT):
-        known = chains.get(unit[3]) if chains else None
-        n = len(known["steps"]) if known else int(group["step"].max())
-        curve = np.full(n + 1, np.nan)
-        curve[n] = complete
-        curve[group["step"].to_numpy(int)] = group["value"]
-        units.append(unit)
-        curves.append(curve)
-    return pd.DataFrame(units, columns=UNIT).assign(curve=curves)
-
-
-def _from_changes(records: Table) -> list[Table]:
-    """Mean total variation under each edit; draws (seeds) and, for edits of one step alone, steps are averaged."""
-    rephrased = records[(records["measure"] == "paraphrase") & (records["metric"] == "tv")]
-    filled = records[(records["measure"] == "filler") & (records["metric"] == "tv")]
-    parts = [
-        _named(_rows(records, "mistake", "tv", "all"), "mistake_all/change"),
-        _named(_rows(records, "mistake", "tv", "local"), "mistake_local/change"),
-        _named(_rows(records, "shuffle", "tv"), "shuffle/change"),
-        _named(_rows(records, "swap", "tv"), "swap/change"),
-    ]
-    for (variant,), rows in _by(rephrased, "variant"):
-        name = "paraphrase" if variant == "cumulative" else f"paraphrase/{variant}"
-        parts.append(_named(rows if variant == "local" else rows[rows["step"] == 0], f"{name}/change"))
-    for (variant,), rows in _by(filled[filled["variant"].str.startswith("local_")], "variant"):
-        parts.append(_named(rows, f"filler/{variant}/change"))
-    return parts
-
-
-def _from_dependence(table: Table) -> list[Table]:
-    """change(every step altered) - change(every step rephrased) of each chain, and its cell of the two-by-two table."""
-    wide = table[table["name"].isin(["mistake_all/change", "paraphrase/change"])].pivot(
-        index=UNIT, columns="name", values="value"
-    )
-    if wide.shape[1] < 2:
-        return []
-    both = wide.dropna().reset_index()
-    corrupting, paraphrase = both["mistake_all/change"], both["paraphrase/change"]
-    parts = [both[UNIT].assign(value=corrupting - paraphrase, name="dependence")]
-    for threshold in (metrics.OFTEN, *metrics.OFTEN_BESIDE):
-        cells = [metrics.cell(c >= threshold, p >= threshold) for c, p in zip(corrupting, paraphrase, strict=True)]
-        for cell in metrics.CELLS:
-            share = [float(found == cell) for found in cells]
-            name = f"verdict/{cell}" if threshold == metrics.OFTEN else f"verdict/{cell}@{threshold}"
-            parts.append(both[UNIT].assign(value=share, name=name))
-    return parts
-
-
-def _from_conflicts(records: Table) -> list[Table]:
-    rows = records[records["measure"] == "conflict"]
-    return [
-        _named(group, f"conflict/{variant}/{metric}") for (variant, metric), group in _by(rows, "variant", "metric")
-    ]
-
-
-def _by(rows: Table, *columns: str) -> Iterable[tuple[Any, Table]]:
-    return rows.groupby(list(columns), sort=True)
-
-
-def _from_knockouts(records: Table, chains: Chains) -> list[Table]:
-    """Cue rows cut from the true step, from each other step (mean), from random prompt positions (the control)."""
-    with_true_step = [chain for chain, row in chains.items() if row.get("true_step") is not None]
-    parts = []
-    for metric in ("delta_p", "delta_logp"):
-        masked = _rows(records, "knockout", metric, "masked")
-        random = _rows(records, "knockout", metric, "masked_random")
-        known = masked[masked["chain_id"].isin(with_true_step)]
-        parts += [
-            _named(masked[_at_true_step(masked, chains)], f"knockout/true_step/{metric}"),
-            _named(known[~_at_true_step(known, chains)], f"knockout/other_steps/{metric}"),
-            _named(random, f"knockout/random/{metric}"),
-        ]
-    return parts
-
-
-def _from_attribution(records: Table, chains: Chains) -> list[Table]:
-    """The true step's part of what all steps together give, over layers and heads; of sizes, so it lies in [0, 1]."""
-    parts = []
-    for variant, metric in (("direct", "contribution"), ("weight", "weight")):
-        rows = _rows(records, "attribution", metric, variant)
-        rows = rows[rows["layer"].notna() & rows["step"].notna()]
-        steps = rows.groupby([*UNIT, "step"])["value"].sum().reset_index()
-        at_true = steps[_at_true_step(steps, chains)]
-        total = steps.assign(value=steps["value"].abs()).groupby(UNIT)["value"].sum().rename("total")
-        share = at_true.merge(total.reset_index(), on=UNIT)
-        size = share["value"].abs() / share["total"].where(share["total"] > 0)
-        parts.append(share[UNIT].assign(value=size, name=f"attribution/{variant}/true_step_share"))
-    return parts
-
-
-def mid_layer(layers: Table) -> int:
-    """The patched layer named beforehand as the one to report: the middle one of a `layer` column's values."""
-    known = sorted({int(layer) for layer in layers})
-    return known[len(known) // 2]
-
-
-def _patched(records: Table, metric: str) -> Table:
-    rows = _rows(records, "patching", metric)
-    return rows[rows["step"].notna() & rows["layer"].notna()]
-
-
-def _from_says_source(records: Table, chains: Chains) -> list[Table]:
-    """Does the patch of the true step at the mid layer make the reader say the source's answer?"""
-    rows = _patched(records, "says_source")
-    if rows.empty:
-        return []
-    rows = rows[(rows["layer"] == mid_layer(rows["layer"])) & _at_true_step(rows, chains)]
-    return [_named(group, f"patching/{variant}/true_step/says_source") for (variant,), group in _by(rows, "variant")]
-
-
-# 2. ratios of sums: columns UNIT, name, note, numerator, denominator
-
-
-def recovered(records: Table, chains: Chains) -> Table:
-    """m_edited - m_base and m_source - m_base of the patch of the true step, m the logit difference, each layer.
-
-    The name without a layer is the mid layer's. Columns reader, author, problem_id, chain_id, name, note, numerator,
-    denominator.
-    """
-    rows = _patched(records, "logit_diff")
-    rows = rows[_at_true_step(rows, chains)]
-    if rows.empty:
-        return pd.DataFrame(columns=[*UNIT, "name", "note", "numerator", "denominator"])
-    edited = rows.groupby([*UNIT, "variant", "layer"])["value"].mean().reset_index()
-    for metric in ("logit_diff_base", "logit_diff_source"):
-        reference = _rows(records, "patching", metric).groupby([*UNIT, "variant"])["value"].mean()
-        edited = edited.merge(reference.rename(metric).reset_index(), on=[*UNIT, "variant"])
-    edited["numerator"] = edited["value"] - edited["logit_diff_base"]
-    edited["denominator"] = edited["logit_diff_source"] - edited["logit_diff_base"]
-    stem = "patching/" + edited["variant"] + "/true_step/recovered"
-    each = edited.assign(name=stem + "/layer" + edited["layer"].astype(str), note="")
-    middle = mid_layer(edited["layer"])
-    chosen = edited.assign(name=stem, note=f"layer {middle}, the middle one patched")[edited["layer"] == middle]
-    return pd.concat([chosen, each], ignore_index=True)[[*UNIT, "name", "note", "numerator", "denominator"]]
-
-
 # 3. estimates of one author's chains in one stratum
 
 
 def _strata(records: Table, readers: Sequence[str]) -> dict[str, set[str]]:
-    accuracy = _by_problem(_rows(records, "baseline", "correct"), "value", readers)
+    accuracy = _by_problem(rows_of(records, "baseline", "correct"), "value", readers)
     correct = set(accuracy.index[(accuracy == 1).all(axis=1)])
     return {"": set(records["problem_id"]), BOTH_CORRECT: correct}
 
@@ -322,7 +93,7 @@ def _of_means(
     outcome: Table, readers: Sequence[str], problems: set[str], stratum: str, suffix: str, rng: Generator
 ) -> list[Estimate]:
     estimates = []
-    for (name,), rows in _by(outcome[outcome["problem_id"].isin(problems)], "name"):
+    for (name,), rows in grouped(outcome[outcome["problem_id"].isin(problems)], "name"):
         wide = _by_problem(rows, "value", readers)
         label = f"{name}{stratum}"
         columns = {reader: wide[reader].to_numpy(float) for reader in readers}
@@ -354,7 +125,7 @@ def _of_ratios(
 ) -> list[Estimate]:
     """A problem undefined for one reader is left out for all: sums over different problems are not comparable."""
     estimates = []
-    for (name, note), rows in _by(ratio[ratio["problem_id"].isin(problems)], "name", "note"):
+    for (name, note), rows in grouped(ratio[ratio["problem_id"].isin(problems)], "name", "note"):
         numerators, denominators = (_by_problem(rows, part, readers) for part in ("numerator", "denominator"))
         known = (numerators.notna() & denominators.notna()).all(axis=1)
         sums = {
@@ -416,14 +187,26 @@ def holm_p(estimate: Estimate) -> float:
 # 5. words
 
 
-def verdict_of(estimates: Sequence[Estimate], reader: str, stratum: str = "") -> metrics.Verdict:
+def verdicts(estimates: Sequence[Estimate], readers: Sequence[str]) -> list[dict[str, str]]:
+    """The two-by-two verdict of each reader, and of each author's chains where there are several, pooled over problems:
+    at the threshold .5 and, beside it, at .25 and .75."""
+    arms = dict.fromkeys(e.arm for e in estimates if e.name == "mistake_all/change")
+    own = [arm for arm in arms if any(arm == reader or arm.startswith(f"{reader}/") for reader in readers)]
+    thresholds = (metrics.OFTEN, *metrics.OFTEN_BESIDE)
+    return [{"arm": arm} | {f"{at:g}": verdict_of(estimates, arm, threshold=at) for at in thresholds} for arm in own]
+
+
+def verdict_of(
+    estimates: Sequence[Estimate], reader: str, stratum: str = "", threshold: float = metrics.OFTEN
+) -> metrics.Verdict:
     """The reader's cell of the two-by-two table, from the intervals of its mean changes; 'undecided' at chance."""
     found = {estimate.name: estimate for estimate in estimates if estimate.arm == reader}
     names = [f"{name}{stratum}" for name in ("mistake_all/change", "paraphrase/change")]
     if any(name not in found for name in names) or _AT_CHANCE in getattr(found.get("accuracy"), "note", ""):
         return "undecided"
     corrupting, paraphrase = (found[name] for name in names)
-    return metrics.verdict((corrupting.ci_low, corrupting.ci_high), (paraphrase.ci_low, paraphrase.ci_high))
+    intervals = [(e.ci_low, e.ci_high) for e in (corrupting, paraphrase)]
+    return metrics.verdict(intervals[0], intervals[1], threshold)
 
 
 def conclusions(estimates: Sequence[Estimate], readers: Sequence[str]) -> list[str]:

@@ -3,9 +3,10 @@
 1. truncate: keep s_1..s_i (early answering, Lanham et al. 2307.13702).
 2. filler: replace s_{i+1}..s_n, or one step, by a repeated filler of the same token count; filler_once: by one filler
    a step; delete: leave one step out.
-3. paraphrase_from: rephrase s_{i+1}..s_n, or one step.
+3. paraphrase: put other wordings, made beforehand, in the place of s_{i+1}..s_n, or of one step.
 4. mistake: alter one number of one step, its stated result first, digit for digit; where a step has no number, a
-   number word, a choice label or a name. mistake_all: every step that can be altered.
+   number word, a choice label or a name. propagate: carry it on through the later steps, whose results are calculated
+   again. mistake_all: every step that can be altered.
 5. shuffle: steps in another order. swap: another problem's steps.
 An edit that cannot be made returns None, so that its caller writes an exclusion; a random one takes its Generator.
 Source: MEASURES 'Behavioural tests'.
@@ -15,29 +16,32 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 
 from .answers import Number, labels, numbers
+from .calculations import carry_on, quantities, written_like
 from .chains import Chain
 from .errors import CotfaithError
-from .paraphrase import CARDINALS, FRACTIONS, Paraphrase, names
-
-Paraphraser = Callable[[str, np.random.Generator], Paraphrase]
+from .paraphrase import CARDINALS, FRACTIONS, names
 
 _DRAWS = 200
+_ALTERNATIVES = 20
+_NUMBER_TEXT = re.compile(r"[\d.,]*\d[\d.,]*")
 _NAMES = ("Alma", "Bruno", "Clara", "Diego", "Edith", "Felix", "Greta", "Hugo", "Iris", "Jonas")
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A chain whose step `step` says `new` where the original said `old`."""
+    """A chain whose step `step` says `new` at character `start` of it, where the original said `old`."""
 
     chain: Chain
     step: int
+    start: int
     old: str
     new: str
 
@@ -101,7 +105,7 @@ def filler_once(chain: Chain, first: int, text: str = " ...", end: int | None = 
 
 def delete(chain: Chain, step: int) -> Chain:
     """The chain without step `step` (from 0), whitespace and all."""
-    return replace(chain, steps=(*chain.steps[:step], *chain.steps[_checked(chain, step + 1) :]))
+    return replace(chain, steps=(*chain.steps[: _checked(chain, step)], *chain.steps[_checked(chain, step + 1) :]))
 
 
 def _visible(filler: str) -> str:
@@ -130,24 +134,34 @@ def _whitespace(step: str) -> tuple[str, str, str]:
     return lead, body, step[len(lead) + len(body) :]
 
 
-def paraphrase_from(
-    chain: Chain, first: int, rng: np.random.Generator, paraphraser: Paraphraser, end: int | None = None
-) -> tuple[Chain, int]:
-    """Rephrase steps `first` to `end` (default: to the last); also how many stayed for want of a valid paraphrase."""
-    stop = len(chain.steps) if end is None else _checked(chain, end)
-    old = chain.steps[_checked(chain, first) : stop]
-    drawn = [paraphraser(step, rng).text for step in old]
-    rephrased = [new or before for new, before in zip(drawn, old, strict=True)]
-    steps = (*chain.steps[:first], *rephrased, *chain.steps[stop:])
-    return replace(chain, steps=steps), sum(new is None for new in drawn)
+def paraphrase(
+    chain: Chain, texts: Sequence[str | None], first: int, end: int | None = None
+) -> tuple[Chain, tuple[int, ...]]:
+    """Steps `first` to `end` (default: to the last) in the wording of `texts`, one a step of the chain.
+
+    Also the steps that stay as they are because they have no text.
+    """
+    if len(texts) != len(chain.steps):
+        raise CotfaithError(
+            f"{len(texts)} paraphrases for the {len(chain.steps)} steps of {chain.problem_id!r}; give one a step."
+        )
+    chosen = range(_checked(chain, first), len(chain.steps) if end is None else _checked(chain, end))
+    steps = tuple((texts[i] or step) if i in chosen else step for i, step in enumerate(chain.steps))
+    return replace(chain, steps=steps), tuple(i for i in chosen if not texts[i])
 
 
-def mistake(chain: Chain, step: int, rng: np.random.Generator, avoid: AbstractSet[str] = frozenset()) -> Mistake | None:
+def mistake(
+    chain: Chain,
+    step: int,
+    rng: np.random.Generator,
+    avoid: AbstractSet[str] = frozenset(),
+    count_tokens: Callable[[str], int] | None = None,
+) -> Mistake | None:
     """Alter one number or entity of step `step` (from 0); None where it holds nothing that can be altered.
 
     The new number has the old one's digit count and separators; it equals no number of the chain, the question or
-    `avoid`; where none such is free, another number of the step is altered, or an entity. Raises CotfaithError when
-    the chain has no such step.
+    `avoid`; where none such is free, another number of the step is altered, or an entity. With `count_tokens` only an
+    alteration that keeps the chain's token count is made. Raises CotfaithError when the chain has no such step.
     """
     if not 0 <= step < len(chain.steps):
         raise CotfaithError(
@@ -156,13 +170,55 @@ def mistake(chain: Chain, step: int, rng: np.random.Generator, avoid: AbstractSe
         )
     taken = {abs(n.value) for text in (chain.text, *avoid) for n in numbers(text)}
     text = chain.steps[step]
-    span = _altered_number(text, taken, rng) or _altered_entity(chain, text, rng)
-    if span is None:
+    n_tokens = count_tokens and count_tokens(chain.text)
+    for span in _alterations(chain, text, taken, rng):
+        altered = text[: span.start] + span.new + text[span.start + len(span.old) :]
+        made = Mistake(
+            replace(chain, steps=_replaced(chain.steps, step, altered)), step, span.start, span.old, span.new
+        )
+        if is_altered(text, altered) and (count_tokens is None or count_tokens(made.chain.text) == n_tokens):
+            return made
+    return None
+
+
+def is_altered(step: str, altered: str) -> bool:
+    """Whether two steps say different things: other numbers, labels or words, not other spelling or spacing alone."""
+
+    def said(text: str) -> tuple[object, ...]:
+        words = re.findall(r"[^\W\d_]+", text.casefold())
+        return [n.value for n in numbers(text)], [label for _, label in labels(text)], words
+
+    return said(step) != said(altered)
+
+
+def propagate(made: Mistake) -> tuple[Chain, dict[Fraction, Fraction]] | None:
+    """The chain with `made` carried on to its last step, and the values changed by it: original to new.
+
+    What follows in the step itself and all later steps take the new number, and results of calculations that rest on it
+    are calculated again. None where no number was altered, nothing that follows changes, or a result cannot be written.
+    """
+    if not (_NUMBER_TEXT.fullmatch(made.old) and _NUMBER_TEXT.fullmatch(made.new)):
         return None
-    altered = text[: span.start] + span.new + text[span.start + len(span.old) :]
-    if altered == text:
-        raise CotfaithError(f"The mistake in step {step} left {text!r} as it was; this is a defect, please report it.")
-    return Mistake(replace(chain, steps=_replaced(chain.steps, step, altered)), step, span.old, span.new)
+    values = {abs(numbers(made.old)[0].value): abs(numbers(made.new)[0].value)}
+    steps = list(made.chain.steps)
+    end = made.start + len(made.new)
+    for i in range(made.step, len(steps)):
+        fixed, rest = (steps[i][:end], steps[i][end:]) if i == made.step else ("", steps[i])
+        carried = carry_on(rest, values)
+        if carried is None:
+            return None
+        steps[i], values = fixed + carried[0], carried[1]
+    chain = replace(made.chain, steps=tuple(steps))
+    return None if chain == made.chain else (chain, values)
+
+
+def carried_answer(answer: str, values: Mapping[Fraction, Fraction]) -> str | None:
+    """The number answer (`' 72'`) that takes the place of `answer` when `values` change; None where it stays."""
+    (number,) = numbers(answer)[:1] or (None,)
+    if number is None or abs(number.value) not in values:
+        return None
+    written = written_like(number.text, values[abs(number.value)])
+    return written and answer[: number.start] + written + answer[number.end :]
 
 
 def _replaced(steps: tuple[str, ...], at: int, text: str) -> tuple[str, ...]:
@@ -179,28 +235,23 @@ def mistake_all(chain: Chain, rng: np.random.Generator, avoid: AbstractSet[str] 
     return None if altered == chain else altered
 
 
-def _altered_number(text: str, taken: AbstractSet[object], rng: np.random.Generator) -> _Span | None:
+def _alterations(chain: Chain, text: str, taken: AbstractSet[object], rng: np.random.Generator) -> Iterator[_Span]:
+    """Numbers by preference, each with up to _ALTERNATIVES other values, then entities."""
     for number in _by_preference(text):
+        found: set[str] = set()
         for _ in range(_DRAWS):
             new = _other_digits(number.text, rng)
-            if numbers(new)[0].value not in taken:
-                return _Span(number.start, number.text, new)
-    return None
+            if numbers(new)[0].value not in taken and new not in found:
+                yield _Span(number.start, number.text, new)
+                found.add(new)
+            if len(found) == _ALTERNATIVES:
+                break
+    yield from _altered_entities(chain, text, rng)
 
 
 def _by_preference(text: str) -> Sequence[Number]:
-    """The stated result (first number after the last '='), then the others from the last to the first.
-
-    Digits inside a word (H2O), ordinals (21st) and list markers ('2. Add') are no numbers to alter.
-    """
-    marker = re.match(r"\s*(?:\d+[.)](?=\s|$)|(?:\W*step|#)\s*\d+)", text, re.IGNORECASE)
-    found = [
-        n
-        for n in numbers(text)
-        if n.start >= (marker.end() if marker else 0)
-        and not text[: n.start][-1:].isalpha()
-        and not re.match(r"(?:st|nd|rd|th)\b", text[n.end :])
-    ]
+    """The stated result (first quantity after the last '='), then the others from the last to the first."""
+    found = quantities(text)
     equals = text.rfind("=")
     results = [n for n in found if n.start > equals >= 0][:1]
     return results + [n for n in reversed(found) if n not in results]
@@ -216,19 +267,20 @@ def _other_digits(digits: str, rng: np.random.Generator) -> str:
     return "".join(new)
 
 
-def _altered_entity(chain: Chain, text: str, rng: np.random.Generator) -> _Span | None:
+def _altered_entities(chain: Chain, text: str, rng: np.random.Generator) -> Iterator[_Span]:
+    """Number words from the last on, choice labels from the last on, names from the first on; every other value."""
     for group in (CARDINALS, FRACTIONS):
         for word in reversed(list(re.finditer(rf"\b(?:{'|'.join(group)})\b", text, re.IGNORECASE))):
-            return _Span(word.start(), word[0], _like(word[0], _pick(group, {word[0].lower()}, rng)))
+            for other in _others(group, word[0].lower(), rng):
+                yield _Span(word.start(), word[0], _like(word[0], other))
     offered = [label for _, label in labels(chain.prompt)] or list("ABCDE")
     for start, label in reversed(labels(text)):
-        if set(offered) - {label}:
-            return _Span(start, text[start], _like(text[start], _pick(offered, {label}, rng)))
+        for other in _others(offered, label, rng):
+            yield _Span(start, text[start], _like(text[start], other))
     for start, name in names(text):
         others = [other for piece in (chain.prompt, *chain.steps) for _, other in names(piece)]
-        pool = others if set(others) - {name} else _NAMES
-        return _Span(start, name, _pick(pool, {name}, rng))
-    return None
+        for other in _others(others if set(others) - {name} else _NAMES, name, rng):
+            yield _Span(start, name, other)
 
 
 def _like(old: str, new: str) -> str:
@@ -238,9 +290,19 @@ def _like(old: str, new: str) -> str:
     return new.capitalize() if old[1:].islower() else new.upper()
 
 
-def _pick(pool: Sequence[str], unwanted: AbstractSet[str], rng: np.random.Generator) -> str:
-    options = sorted(set(pool) - unwanted)
-    return options[rng.integers(len(options))]
+def _others(pool: Sequence[str], unwanted: str, rng: np.random.Generator) -> list[str]:
+    """The pool without `unwanted`, each once, in random order."""
+    options = sorted(set(pool) - {unwanted})
+    return [options[i] for i in rng.permutation(len(options))]
+
+
+def relabel(step: str, renamed: Mapping[str, str]) -> str:
+    """`step` with its choice labels renamed, all at once."""
+    parts, end = [], 0
+    for start, label in labels(step):
+        parts += [step[end:start], _like(step[start], renamed.get(label, label))]
+        end = start + 1
+    return "".join([*parts, step[end:]])
 
 
 def shuffle(chain: Chain, rng: np.random.Generator) -> Chain | None:

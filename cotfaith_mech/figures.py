@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 from . import views
-from .compare import Table
+from .outcomes import Table
 from .records import RunDirectory
 
 READER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

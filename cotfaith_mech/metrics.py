@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
+from scipy.stats import t
 
 Verdict = Literal["load_bearing", "encoded_or_fragile", "decorative", "unstable", "undecided"]
 CELLS: tuple[Verdict, ...] = ("load_bearing", "encoded_or_fragile", "decorative", "unstable")
@@ -42,6 +43,32 @@ def convergence_step(same: Float[np.ndarray, " kept"]) -> float:
     differing = np.flatnonzero(same != 1)
     first = differing[-1] + 1 if len(differing) else 0
     return float(first / (len(same) - 1))
+
+
+def decided_layer(is_top: Float[np.ndarray, " layer"]) -> float:
+    """First layer from which on the lens reads the answer, as a fraction of the depth: 0 from the first layer on, 1
+    nowhere before the end of the last. NaN for no layers."""
+    if not len(is_top):
+        return np.nan
+    elsewhere = np.flatnonzero(is_top != 1)
+    return float((elsewhere[-1] + 1 if len(elsewhere) else 0) / len(is_top))
+
+
+def draws_interval(*samples: Float[np.ndarray, " _"]) -> tuple[float, float]:
+    """95% interval of the mean of one sample of changes in [0, 1], or of the difference of two, by Student's t (Welch).
+
+    All that is possible where a sample has a single draw.
+    """
+    low, high = (0.0, 1.0) if len(samples) == 1 else (-1.0, 1.0)
+    if min(map(len, samples)) < 2:
+        return low, high
+    mean = samples[0].mean() - (samples[1].mean() if len(samples) > 1 else 0)
+    variances = [float(sample.var(ddof=1)) / len(sample) for sample in samples]
+    if sum(variances) == 0:
+        return float(mean), float(mean)
+    freedom = sum(variances) ** 2 / sum(v**2 / (len(s) - 1) for v, s in zip(variances, samples, strict=True))
+    half = float(t.ppf(0.975, freedom)) * sum(variances) ** 0.5
+    return max(low, float(mean) - half), min(high, float(mean) + half)
 
 
 def total_variation(

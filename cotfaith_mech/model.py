@@ -27,15 +27,29 @@ Reduce = Callable[[Float[Tensor, "cell read vocab"]], Float[Tensor, "cell metric
 """What to keep of the logits of each counterfactual; runs on the model's device, in float32."""
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """Shape and identity of a model.
+@dataclass(frozen=True, kw_only=True)
+class ReaderInfo:
+    """Identity of a reader.
 
-    `weights_hash` covers the values of all parameters, adapter included; `text_hash` chat template and tokenizer.
+    `weights_hash` covers the values of all parameters, adapter included; `text_hash` chat template and tokenizer. An
+    endpoint shows neither: both then name the address and the model. `context` is None where it is not known.
     """
 
     name: str
-    backend: BackendName
+    backend: str
+    context: int | None
+    dtype: str
+    device: str
+    weights_hash: str
+    text_hash: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo(ReaderInfo):
+    """Identity and shape of a model."""
+
+    context: int
     architecture: str
     n_layers: int
     n_heads: int
@@ -43,12 +57,6 @@ class ModelInfo:
     d_model: int
     d_head: int
     vocab: int
-    context: int
-    dtype: str
-    device: str
-    weights_hash: str
-    text_hash: str
-    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,23 +82,54 @@ class DirectPath:
 
 
 @runtime_checkable
-class Model(Protocol):
+class TextReader(Protocol):
+    """What reads and writes text: any Model, or an endpoint whose inside is out of reach."""
+
+    @property
+    def info(self) -> ReaderInfo: ...
+
+    def render(self, question: str) -> str:
+        """The prompt up to where the assistant's turn begins, BOS included where the tokenizer has one."""
+        ...
+
+    def count(self, text: str) -> int:
+        """Tokens of `text`."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        begun: Sequence[str] | None = None,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """What is written after each prompt and what of the answer is `begun` (without both); temperature 0 is greedy.
+
+        `begun`: the beginning of each assistant's turn, one a prompt; nothing where it is None.
+        """
+        ...
+
+
+@runtime_checkable
+class Model(TextReader, Protocol):
     """One forward pass of a decoder: encode, run with reads and edits, generate."""
 
-    info: ModelInfo
+    @property
+    def info(self) -> ModelInfo: ...
+
     weights: Weights
     stop_tokens: frozenset[int]
     """Tokens after which the model writes no more."""
+    digit_tokens: tuple[int, ...]
+    """Tokens that begin with a digit, so that they go on with a number before them."""
 
     def encode(self, text: str) -> Encoding:
         """Token ids and character offsets of `text`; adds no special token of its own."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
-
-    def render(self, question: str) -> str:
-        """The prompt up to where the assistant's turn begins, BOS included where the tokenizer has one."""
-        ...
 
     def run(
         self,
@@ -103,12 +142,6 @@ class Model(Protocol):
         """Plain forward over whole sequences of equal length, no padding; edits apply to every row."""
         ...
 
-    def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> list[str]:
-        """Continuations (without the prompt); temperature 0 is greedy."""
-        ...
-
     def direct_path(
         self, z: Float[Tensor, "layer head d_head"], final: Float[Tensor, "d_model"], token: int, foil: int
     ) -> DirectPath:
@@ -117,6 +150,10 @@ class Model(Protocol):
         `final` is resid_post of the last layer at that position; the scales of all norms are frozen at these values.
         Before any final soft-cap.
         """
+        ...
+
+    def lens(self, resid: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any vocab"]:
+        """Logits that the model's own final norm, unembedding and soft-cap make of a residual stream; float32, CPU."""
         ...
 
     def uncapped(self, logit: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

@@ -1,11 +1,11 @@
 """How a reader's answer is read off a chain, and off every text variant of it, on one shared trunk.
 
 1. Number and text answers: the teacher-forced log-probability of each named answer after the cue, the sum over its
-   tokens; `greedy` says whether greedy decoding would write exactly it (every token is the argmax and, for numbers,
-   the next token is no further digit).
-2. Choices: the next-token distribution over the labels after the cue, renormalised; the mass outside the labels is
-   kept (`label_mass`), never hidden.
-3. Every variant is encoded whole, as text; the engine then shares the tokens it has in common with the base chain.
+   tokens; a number must end there, so the probability that a further digit follows is taken off (63 is not 636).
+2. What the reader says is decoded greedily, for all variants at once, until nothing that may follow can change it.
+3. Choices and yes/no/maybe: the next-token distribution over the labels after the cue, renormalised; the mass outside
+   the labels is kept (`label_mass`), and a chain on whose labels too little lies is refused.
+4. Every variant is encoded whole, as text; the engine then shares the tokens it has in common with the base chain.
 Source: MEASURES 'Reading an answer'; Lanham et al. 2307.13702 for the forced answer after a cue.
 """
 
@@ -13,23 +13,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .answers import extract_answer
+from .answers import extract_answer, is_whole, numbers, same_answer
 from .chains import Chain, TokenSpans, token_spans
 from .errors import CotfaithError
-from .model import Branch, CachedRun, Model
+from .model import Branch, CachedRun, Model, TextReader
 from .problems import AnswerKind
+
+MIN_LABEL_MASS = 0.5
+"""Least probability on the choice labels after the complete chain; below it their ratio is no answer."""
+MAX_ANSWER_TOKENS = 12
+MAX_DRAFTS = 8
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One answer under one variant: log-probability (nats), whether greedy decoding gives it, entropy (nats) of the
-    next-token distribution where the answer's first visible token is read, tokens read, and for choices the
+    """One answer under one variant: its log-probability (nats) and the standard error of its probability (0: exact),
+    whether the reader says it, entropy (nats) where its first visible token is read, tokens read, and for choices the
     probability mass on the labels."""
 
     logp: float
@@ -37,10 +43,39 @@ class Reading:
     entropy: float
     n_tokens: int
     label_mass: float = 1.0
+    p_se: float = 0.0
 
     @property
     def p(self) -> float:
         return float(np.exp(self.logp))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a reader says after one text (None: no answer of this kind), and a Reading of each answer asked about."""
+
+    said: str | None
+    readings: tuple[Reading, ...]
+
+
+Asked = Sequence[tuple[Chain, Sequence[str]]]
+"""Text variants, each with the answers to read after its cue (`' 22'`)."""
+
+
+@runtime_checkable
+class ChainReader(Protocol):
+    """A reader that has read a complete chain and given its own answer a* (`chain.answer`); text is all it shows."""
+
+    @property
+    def model(self) -> TextReader: ...
+    @property
+    def chain(self) -> Chain: ...
+    @property
+    def kind(self) -> AnswerKind: ...
+
+    def read(self, asked: Asked) -> list[Answered]:
+        """One Answered for each text variant; all answers of a call are read under the same question's labels."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +91,13 @@ class Trunk:
 
     @classmethod
     def of(
-        cls, model: Model, chain: Chain, kind: AnswerKind, labels: tuple[str, ...] = (), guess: str | None = None
+        cls,
+        model: Model,
+        chain: Chain,
+        kind: AnswerKind,
+        labels: tuple[str, ...] = (),
+        guess: str | None = None,
+        min_label_mass: float = MIN_LABEL_MASS,
     ) -> Trunk:
         """Find a* (or keep `chain.answer` if it is set already) and run the chain with it.
 
@@ -64,42 +105,90 @@ class Trunk:
         """
         run = None
         if not chain.answer:
-            run, answer = own_answer(model, chain, kind, labels, guess)
+            run, answer = own_answer(model, chain, kind, labels, guess, min_label_mass)
             chain = chain.with_answer(f" {answer}")
         encoding = model.encode(chain.text)
         spans = token_spans(chain, encoding)
         full = run.sibling(encoding.ids) if run else model.cached_run(encoding.ids)
         return cls(model, chain, kind, labels, spans, full)
 
-    def read(self, asked: Sequence[tuple[Chain, Sequence[str]]]) -> list[list[Reading]]:
-        """Readings `[variant][answer]` of pairs of a text variant and the answers to read after its cue (`' 22'`)."""
-        if self.kind == "choice":
-            return self._read_choices(asked)
-        branches, answer_ids = [], []
-        for variant, answers in asked:
-            for answer in answers:
-                forced = variant.with_answer(answer)
-                encoding = self.model.encode(forced.text)
-                start, end = token_spans(forced, encoding).answer
-                branches.append(Branch(encoding.ids, end - start + 1))
-                answer_ids.append(encoding.ids[start:])
-        rows = self.run.branches(branches, reduce=lambda logits, i: self._forced(logits, answer_ids[i]))
-        readings = iter(
-            Reading(float(row[0]), bool(row[1]), float(row[2]), len(branch.tokens))
-            for row, branch in zip(rows, branches, strict=True)
-        )
-        return [[next(readings) for _ in answers] for _, answers in asked]
+    def read(self, asked: Asked) -> list[Answered]:
+        """See `ChainReader.read`."""
+        return self._read_labels(asked) if self.labels else self._read_free(asked)
 
-    def _forced(self, logits: Float[Tensor, "read vocab"], ids: Sequence[int]) -> Float[Tensor, "3"]:
+    def _read_free(self, asked: Asked) -> list[Answered]:
+        ending = self._ending()
+        forced = [
+            [self._forced(variant, answer) for answer in (*answers, *self._drafts(variant))]
+            for variant, answers in asked
+        ]
+        flat = [one for row in forced for one in row]
+        branches = [Branch((*one.ids, *ending), len(one.answer) + len(ending) + 1) for one in flat]
+        named = [i < len(answers) for (_, answers), row in zip(asked, forced, strict=True) for i in range(len(row))]
+
+        def reduce(logits: Float[Tensor, "read vocab"], i: int) -> Float[Tensor, "score"]:
+            score = self._score(logits, flat[i].answer) if named[i] else logits.new_zeros(2)
+            return torch.cat([score, logits.argmax(-1).float()])
+
+        rows = iter(self.run.branches(branches, reduce=reduce))
+        scored = [[next(rows) for _ in row] for row in forced]
+        paths = [
+            max((_greedy_path((*one.answer, *ending), r[2:]) for one, r in zip(*pair, strict=True)), key=len)
+            for pair in zip(forced, scored, strict=True)
+        ]
+        said = self._said([row[0].before for row in forced], paths, ending)
+        return [
+            Answered(
+                word,
+                tuple(
+                    Reading(float(r[0]), same_answer(word or "", answer, self.kind), float(r[1]), len(one.ids))
+                    for answer, one, r in zip(answers, ones, results, strict=False)
+                ),
+            )
+            for word, (_, answers), ones, results in zip(said, asked, forced, scored, strict=True)
+        ]
+
+    def _drafts(self, variant: Chain) -> list[str]:
+        """Numbers that the reader may well say: each step's last one. On a shared trunk a draft costs its own tokens
+        alone and saves decoding steps (speculative decoding, Leviathan et al. 2211.17192); it changes no result."""
+        if self.kind != "number" or not self.run.accelerated:
+            return []
+        last = [found[-1].text for step in variant.steps if (found := numbers(step))]
+        return [f" {text}" for text in list(dict.fromkeys(reversed(last)))[:MAX_DRAFTS]]
+
+    def _ending(self) -> tuple[int, ...]:
+        """Tokens of the full stop that likely follows an answer: read along, they save a decoding step."""
+        ids, longer = (self.model.encode(self.chain.text + end).ids for end in ("", "."))
+        return longer[len(ids) :] if longer[: len(ids)] == ids else ()
+
+    def _forced(self, variant: Chain, answer: str) -> _Forced:
+        forced = variant.with_answer(answer)
+        encoding = self.model.encode(forced.text)
+        return _Forced(encoding.ids, token_spans(forced, encoding).answer[0])
+
+    def _score(self, logits: Float[Tensor, "read vocab"], ids: Sequence[int]) -> Float[Tensor, "2"]:
+        """Log-probability of the answer `ids`, and the entropy at its first visible token."""
         logp = logits.log_softmax(-1)
-        target = torch.tensor(ids, device=logits.device)
-        best = logits.argmax(-1).tolist()
-        greedy = best[:-1] == list(ids) and not (self.kind == "number" and self.model.decode(best[-1:])[:1].isdigit())
         visible = next((i for i, token in enumerate(ids) if self.model.decode([token]).strip()), 0)
-        total = logp[:-1].gather(1, target[:, None]).sum()
-        return torch.stack([total, torch.tensor(float(greedy), device=total.device), _entropy(logp[visible])])
+        total = logp[: len(ids)].gather(1, torch.tensor(ids, device=logits.device)[:, None]).sum()
+        if self.kind == "number":
+            further = logp[len(ids), list(self.model.digit_tokens)].exp().sum()
+            total = total + torch.log1p(-further.clamp(max=1 - 1e-7))
+        return torch.stack([total, _entropy(logp[visible])])
 
-    def _read_choices(self, asked: Sequence[tuple[Chain, Sequence[str]]]) -> list[list[Reading]]:
+    def _said(
+        self, texts: Sequence[tuple[int, ...]], paths: Sequence[tuple[int, ...]], ending: tuple[int, ...]
+    ) -> list[str | None]:
+        """The greedy answer after each of `texts`, of which the first tokens (`paths`) are known."""
+        paths = list(paths)
+        while pending := [i for i, path in enumerate(paths) if not _is_over(self.model, path, self.kind)]:
+            branches = [Branch((*texts[i], *paths[i], *ending), len(ending) + 1) for i in pending]
+            rows = self.run.branches(branches, reduce=lambda logits, _: logits.argmax(-1).float())
+            for i, row in zip(pending, rows, strict=True):
+                paths[i] += _greedy_path(ending, row)
+        return [extract_answer(_text(self.model, path), self.kind) for path in paths]
+
+    def _read_labels(self, asked: Asked) -> list[Answered]:
         first = label_tokens(self.model, asked[0][0], self.labels)
         branches = [Branch(self.model.encode(variant.with_answer("").text).ids, 1) for variant, _ in asked]
 
@@ -108,12 +197,48 @@ class Trunk:
             return torch.cat([on_labels.log_softmax(-1), on_labels.exp().sum()[None]])
 
         rows = self.run.branches(branches, reduce=reduce)
-        readings = []
+        answered = []
         for row, branch, (_, answers) in zip(rows, branches, asked, strict=True):
             best, entropy, mass = int(row[:-1].argmax()), float(_entropy(row[:-1])), float(row[-1])
             wanted = [self.labels.index(answer.strip()) for answer in answers]
-            readings.append([Reading(float(row[w]), best == w, entropy, len(branch.tokens), mass) for w in wanted])
-        return readings
+            readings = [Reading(float(row[w]), best == w, entropy, len(branch.tokens), mass) for w in wanted]
+            answered.append(Answered(self.labels[best], tuple(readings)))
+        return answered
+
+
+@dataclass(frozen=True)
+class _Forced:
+    """Tokens of a text with an answer forced after its cue; the answer begins at `start`."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        return self.ids[: self.start]
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        return self.ids[self.start :]
+
+
+def _greedy_path(draft: Sequence[int], best: Float[Tensor, "read"]) -> tuple[int, ...]:
+    """The tokens of `draft` as far as they are the argmax of the text before them, and the argmax that follows."""
+    tokens = [int(token) for token in best]
+    agreed = next((i for i, token in enumerate(draft) if tokens[i] != token), len(draft))
+    return (*draft[:agreed], tokens[agreed])
+
+
+def _is_over(model: Model, path: Sequence[int], kind: AnswerKind) -> bool:
+    stopped = any(token in model.stop_tokens for token in path)
+    return stopped or len(path) >= MAX_ANSWER_TOKENS or is_whole(model.decode(path), kind)
+
+
+def _text(model: Model, path: Sequence[int]) -> str:
+    """What `path` says before its first stop token, of at most MAX_ANSWER_TOKENS tokens."""
+    path = path[:MAX_ANSWER_TOKENS]
+    end = next((i for i, token in enumerate(path) if token in model.stop_tokens), len(path))
+    return model.decode(path[:end])
 
 
 def _entropy(logp: Float[Tensor, "vocab"]) -> Float[Tensor, ""]:
@@ -136,42 +261,55 @@ def label_tokens(model: Model, chain: Chain, labels: Sequence[str]) -> tuple[int
 
 
 def own_answer(
-    model: Model, chain: Chain, kind: AnswerKind, labels: Sequence[str] = (), guess: str | None = None
+    model: Model,
+    chain: Chain,
+    kind: AnswerKind,
+    labels: Sequence[str] = (),
+    guess: str | None = None,
+    min_label_mass: float = MIN_LABEL_MASS,
 ) -> tuple[CachedRun, str]:
     """The reader's greedy answer after the complete chain, and a run that begins with the chain.
 
-    Raises CotfaithError when the reader writes no answer of this kind.
+    Raises CotfaithError when the reader writes no answer of this kind, or puts less than `min_label_mass` on labels.
     """
     run = model.cached_run(model.encode(chain.text).ids)
-    if kind == "choice":
-        first = label_tokens(model, chain, labels)
-        return run, labels[int(run.logits(1)[0, list(first)].argmax())]
+    if labels:
+        on_labels = run.logits(1)[0].softmax(-1)[list(label_tokens(model, chain, labels))]
+        check_label_mass(model, float(on_labels.sum()), labels, min_label_mass)
+        return run, labels[int(on_labels.argmax())]
     draft = model.encode(chain.with_answer(f" {guess}.").text).ids if guess else ()
-    run, written = decoded(model, run, draft)
-    answer = extract_answer(written, kind)
+    run, path = decoded(model, run, kind, draft)
+    answer = extract_answer(_text(model, path), kind)
     if not answer:
-        raise CotfaithError(f"{model.info.name!r} wrote no {kind} after the cue {chain.cue!r}, but {written!r}.")
+        raise CotfaithError(
+            f"{model.info.name!r} wrote no {kind} after the cue {chain.cue!r}, but {_text(model, path)!r}."
+        )
     return run, answer
 
 
-def decoded(model: Model, run: CachedRun, draft: Sequence[int] = (), max_new_tokens: int = 12) -> tuple[CachedRun, str]:
-    """What the model writes greedily after `run`, and the run with it; at most `max_new_tokens` tokens.
+def check_label_mass(model: TextReader, mass: float, labels: Sequence[str], least: float) -> None:
+    """Raises CotfaithError when the reader puts less than `least` of its probability on the labels."""
+    if mass < least:
+        raise CotfaithError(
+            f"{model.info.name!r} puts {mass:.2f} of its probability on the labels {', '.join(labels)} after the "
+            f"complete chain, less than {least}; give another cue or template, or lower min_label_mass."
+        )
+
+
+def decoded(
+    model: Model, run: CachedRun, kind: AnswerKind, draft: Sequence[int] = ()
+) -> tuple[CachedRun, tuple[int, ...]]:
+    """What the model writes greedily after `run` until its answer is over, and a run that begins with `run`'s tokens.
 
     `draft` is a whole token sequence that may come out (speculative decoding, Leviathan et al. 2211.17192): it is run
     in one pass, and of it stands what greedy decoding would have written. It changes the speed, not the result.
     """
     begun = len(run.tokens)
+    path: tuple[int, ...] = ()
     if tuple(draft[:begun]) == run.tokens and len(draft) > begun:
-        drafted = run.sibling(draft[: begun + max_new_tokens])
-        best = drafted.logits(len(drafted.tokens) - begun + 1).argmax(-1).tolist()
-        pairs = zip(drafted.tokens[begun:], best, strict=False)
-        kept = next(
-            (i for i, (guess, token) in enumerate(pairs) if guess != token or guess in model.stop_tokens), len(best) - 1
-        )
-        run = drafted.sibling(drafted.tokens[: begun + kept])
-    while len(run.tokens) < begun + max_new_tokens:
-        token = int(run.logits(1)[0].argmax())
-        if token in model.stop_tokens:
-            break
-        run = run.sibling((*run.tokens, token))
-    return run, model.decode(run.tokens[begun:])
+        run = run.sibling(draft[: begun + MAX_ANSWER_TOKENS])
+        path = _greedy_path(run.tokens[begun:], run.logits(len(run.tokens) - begun + 1).argmax(-1).float())
+    while not path or not _is_over(model, path, kind):
+        run = run.sibling((*run.tokens[:begun], *path))
+        path = (*path, int(run.logits(1)[0].argmax()))
+    return run, path

@@ -56,6 +56,8 @@ MEASURES = (
     "shuffle",
     "swap",
     "conflict",
+    "options",
+    "decision_trace",
     "patching",
     "knockout",
     "attribution",
@@ -64,6 +66,9 @@ MEASURES = (
 
 WITHOUT_ANSWER_STEPS = "without_answer_steps"
 """Ends the variant of a test that was run on the chain without the steps that state the answer."""
+
+CONTINUED = "continued"
+"""The variant of a test whose later steps the reader wrote itself, after the edited ones."""
 
 _ESTIMATES = pa.schema(
     [

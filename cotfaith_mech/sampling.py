@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from .chains import Chain, segment
 from .errors import CotfaithError
-from .model import Model
+from .model import TextReader
 from .problems import Problem
 
 BATCH = 8
 FEW_SHOT = "Solve each problem step by step.\n\n"
 
 
-def supplied_chain(model: Model, problem: Problem) -> Chain:
+def supplied_chain(model: TextReader, problem: Problem) -> Chain:
     """The problem's own worked chain, its prompt rendered by `model`'s template."""
     return Chain(problem.problem_id, problem.author, model.render(problem.question), problem.steps, problem.cue)
 
@@ -39,7 +39,7 @@ def _headed(problem: Problem, head: str) -> Problem:
 
 
 def write_chains(
-    model: Model,
+    model: TextReader,
     problems: Sequence[Problem],
     author: str,
     *,
@@ -76,15 +76,47 @@ def write_chains(
             if refused[name]:
                 yield problem, None, refused[name]
                 continue
-            steps = segment(written[name].split(problem.cue.strip())[0].rstrip(), max_steps)
+            steps = _steps(written[name], problem.cue, max_steps)
             chain = Chain(name, author, prompts[name], steps, problem.cue) if steps else None
             yield problem, chain, "" if steps else f"{author!r} wrote no reasoning step, but {written[name][:80]!r}"
 
 
-def _no_room(model: Model, prompt: str, max_new_tokens: int) -> str:
+def _steps(written: str, cue: str, max_steps: int) -> tuple[str, ...]:
+    """Steps of what was written before the cue."""
+    return segment(written.split(cue.strip())[0].rstrip(), max_steps)
+
+
+def write_on(
+    model: TextReader,
+    chains: Sequence[Chain],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_steps: int = 40,
+) -> list[Chain]:
+    """Each chain with the steps that `model` writes after its own, up to the cue or `max_new_tokens` tokens."""
+    longer = []
+    for first in range(0, len(chains), BATCH):
+        batch = chains[first : first + BATCH]
+        texts = model.generate(
+            [chain.prompt for chain in batch],
+            begun=["".join(chain.steps) for chain in batch],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed + first,
+        )
+        pairs = zip(batch, texts, strict=True)
+        longer += [replace(c, steps=(*c.steps, *_steps(text, c.cue, max_steps))) for c, text in pairs]
+    return longer
+
+
+def _no_room(model: TextReader, prompt: str, max_new_tokens: int) -> str:
     """Why `prompt` leaves no room for a chain; empty where it does."""
+    if model.info.context is None:
+        return ""
     try:
-        n_tokens = len(model.encode(prompt).ids)
+        n_tokens = model.count(prompt)
     except CotfaithError as error:
         return str(error)
     if n_tokens + max_new_tokens <= model.info.context:

@@ -8,7 +8,6 @@ cross-checks itself against TransformerLens and nnsight. 4. Estimates, figures a
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import platform
@@ -16,116 +15,36 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .answers import states_answer
-from .behaviour import Battery, BehaviourPlan, Test, measure_behaviour
+from .behaviour import measure_behaviour
 from .bridge import bridge
 from .chains import Chain
-from .compare import conclusions, estimates_of
+from .compare import conclusions, estimates_of, verdicts
+from .config import ReaderConfig, StudyConfig, parse_config
 from .datasets_io import read_problems
-from .errors import CotfaithError
+from .errors import CotfaithError, EndpointError
 from .figures import draw_figures
 from .measured import Measured
-from .patching import Direction, PatchPlan, measure_knockout, measure_patching
+from .paraphrasers import Paraphrases, by_model, by_rules, supplied
+from .patching import PatchPlan, measure_knockout, measure_patching
 from .problems import Problem
 from .records import Record, RunDirectory, unit_id
 from .report import build_report
+from .variants import BehaviourPlan
 
 if TYPE_CHECKING:
     from .crosscheck import Sample
-    from .model import Model
-    from .reading import Trunk
+    from .model import TextReader
+    from .reading import ChainReader
 
-PRIMARY = (
-    "same_answer_no_chain",
-    "conflict/record_agree/p_chain",
-    "conflict/record_agree/p_question",
-    "conflict/record_agree/p_other",
-    "knockout/true_step/delta_p",
-)
 SWAP_DONORS = 1
 """Other problems whose chains are swapped in, per chain."""
 
 PACKAGES = ("cotfaith-mech", "torch", "transformers", "transformer-lens", "nnsight", "peft", "numpy", "scipy")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ReaderConfig(_Strict):
-    """A model that reads chains: hub id, local folder, or `name+adapter`; `tests` instead of the study's, if given."""
-
-    name: str = Field(min_length=1)
-    model: str
-    adapter: str | None = None
-    backend: Literal["huggingface", "transformer_lens", "nnsight"] = "huggingface"
-    mechanism: bool = True
-    tests: tuple[Test, ...] | None = None
-
-
-class GenerationConfig(_Strict):
-    """How chains are written: tokens at most, temperature (0 is greedy), worked examples shown before each question."""
-
-    max_new_tokens: int = Field(default=256, ge=1)
-    temperature: float = Field(default=0.0, ge=0)
-    few_shot: int = Field(default=0, ge=0)
-
-
-class StudyConfig(_Strict):
-    """A whole study. The first reader is the base that the others are compared with."""
-
-    readers: tuple[ReaderConfig, ...] = Field(min_length=1)
-    problems: str
-    limit: int | None = None
-    chains: Literal["supplied", "generate"] = "supplied"
-    generation: GenerationConfig = GenerationConfig()
-    tests: tuple[Test, ...] = BehaviourPlan().tests
-    battery: Battery = "core"
-    draws: int = Field(5, ge=1)
-    patch_layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
-    patch_directions: tuple[Direction, ...] = ("noise", "denoise")
-    attribution: bool = True
-    crosscheck_cells: int = Field(4, ge=0)
-    primary: tuple[str, ...] = PRIMARY
-    seed: int = 0
-    device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-    @model_validator(mode="after")
-    def _readers_differ(self) -> StudyConfig:
-        names = [reader.name for reader in self.readers]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two readers are named {max(names, key=names.count)!r}; give each its own name")
-        return self
-
-
-def load_config(path: str | Path) -> StudyConfig:
-    """Read a YAML study; an unknown key is an error that names the nearest one."""
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise CotfaithError(f"Cannot read the study {str(path)!r}: {error}.") from error
-    if not isinstance(data, dict):
-        raise CotfaithError(f"{str(path)!r} holds no mapping of keys; begin with 'readers:' and 'problems:'.")
-    return parse_config(data)
-
-
-def parse_config(data: dict[str, Any]) -> StudyConfig:
-    try:
-        return StudyConfig.model_validate(data)
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        where = ".".join(str(part) for part in first["loc"])
-        known = [name for part in (StudyConfig, ReaderConfig, GenerationConfig) for name in part.model_fields]
-        near = difflib.get_close_matches(where.rpartition(".")[2], known, 1)
-        hint = f"; did you mean {near[0]!r}?" if first["type"] == "extra_forbidden" and near else ""
-        raise CotfaithError(f"Study{f' key {where!r}' if where else ''}: {first['msg']}{hint}.") from error
 
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -139,14 +58,14 @@ def _silent(items: Sequence[Any], label: str) -> Iterable[Any]:
 def run_study(config: StudyConfig, out: str | Path, progress: Progress = _silent) -> RunDirectory:
     """Run what is missing of `config` in the run directory `out`, then estimate, draw and report."""
     run, problems, manifest = _begin(config, out)
-    chains: dict[str, Chain] = {}
     for reader in config.readers:
         started, n_units = time.perf_counter(), len(run.read_unit_meta())
         model = _load(config, reader, run, progress)
         if reader == config.readers[0]:
-            chains = _chains(config, model, problems, run, progress)
+            _chains(config, model, problems, run, progress)
+            _write_paraphrases(config, model, problems, run, progress)
         manifest["models"][reader.name] = dataclasses.asdict(model.info)
-        manifest["checks"] += _run_reader(config, reader, model, problems, chains, run, progress)
+        manifest["checks"] += _run_reader(config, reader, model, problems, run, progress)
         spent = round(time.perf_counter() - started, 1)
         known = run.read_manifest().get("timings", {}).get(reader.name, spent)
         manifest["timings"][reader.name] = spent if len(run.read_unit_meta()) > n_units else known
@@ -159,9 +78,9 @@ def generate_chains(config: StudyConfig, out: str | Path, progress: Progress = _
     """Let the first reader of `config` write chains into `out`/chains.jsonl, and measure nothing."""
     run, problems, manifest = _begin(config, out)
     model = _load(config, config.readers[0], run, progress)
-    chains = _chains(config, model, problems, run, progress)
+    n_chains = _chains(config, model, problems, run, progress)
     manifest["models"][config.readers[0].name] = dataclasses.asdict(model.info)
-    manifest["counts"] = {"problems": len(problems), "chains": len(chains), "exclusions": len(run.read_exclusions())}
+    manifest["counts"] = {"problems": len(problems), "chains": n_chains, "exclusions": len(run.read_exclusions())}
     _write_manifest(run, manifest)
     return run
 
@@ -181,7 +100,7 @@ def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Pro
 
     plain = config.model_dump(mode="json")
     run = RunDirectory.create(out, plain)
-    problems, left_out = read_problems(config.problems, limit=config.limit, seed=config.seed)
+    problems, left_out = read_problems(config.problems, config.limit, config.seed, config.template)
     shown: list[Problem] = []
     if config.chains == "generate":
         problems, shown = few_shot(problems, config.generation.few_shot)
@@ -235,6 +154,7 @@ def _estimate(run: RunDirectory) -> None:
     }
     manifest["disagreements"] = disagreements.to_dict("records")
     manifest["conclusion"] = conclusions(estimates, names)
+    manifest["verdicts"] = verdicts(estimates, names)
     run.write_manifest(manifest)
 
 
@@ -271,16 +191,36 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
-def _load(config: StudyConfig, reader: ReaderConfig, run: RunDirectory, progress: Progress) -> Model:
-    """The reader's model, pinned by the hashes of its weights and of its text side."""
-    from .model import load
-
-    (model,) = (
-        load(reader.model, adapter=_adapter(reader), backend=reader.backend, device=config.device, dtype=config.dtype)
-        for reader in progress([reader], f"load {reader.name}")
-    )
+def _load(config: StudyConfig, reader: ReaderConfig, run: RunDirectory, progress: Progress) -> TextReader:
+    """The reader's model or endpoint, pinned by the hashes of its weights and of its text side."""
+    (model,) = (_loaded(config, reader) for reader in progress([reader], f"load {reader.name}"))
     run.pin(f"reader {reader.name}", {"weights": model.info.weights_hash, "text": model.info.text_hash})
     return model
+
+
+def _loaded(config: StudyConfig, reader: ReaderConfig) -> TextReader:
+    if reader.endpoint is not None:
+        from .endpoint import Endpoint
+
+        how = {"api_key_env": reader.api_key_env, "concurrency": reader.concurrency, "samples": reader.samples}
+        return Endpoint(reader.model, reader.endpoint, **how)
+    from .model import load
+
+    return load(
+        reader.model, adapter=_adapter(reader), backend=reader.backend, device=config.device, dtype=config.dtype
+    )
+
+
+def _opened(config: StudyConfig, model: TextReader, chain: Chain, problem: Problem) -> ChainReader:
+    """`model` having read `chain`: on a trunk, or through its endpoint."""
+    from .endpoint import AskedChain, Endpoint
+    from .model import Model
+    from .reading import Trunk
+
+    if isinstance(model, Endpoint):
+        return AskedChain.of(model, chain, problem.kind, problem.labels, config.min_label_mass)
+    assert isinstance(model, Model)
+    return Trunk.of(model, chain, problem.kind, problem.labels, problem.gold, config.min_label_mass)
 
 
 def _adapter(reader: ReaderConfig) -> str | None:
@@ -290,12 +230,39 @@ def _adapter(reader: ReaderConfig) -> str | None:
     return reader.adapter
 
 
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """One chain for one reader: the prompt is rendered by the reader's own template."""
+
+    name: str
+    problem: Problem
+    chain: Chain
+    paraphrases: Paraphrases
+
+
+def _units(
+    config: StudyConfig, reader: ReaderConfig, model: TextReader, problems: Sequence[Problem], run: RunDirectory
+) -> list[_Unit]:
+    """The units of `reader`, each named by all that its records rest on."""
+    plan = config.model_dump(mode="json", exclude={"readers", "problems", "limit", "primary", "crosscheck_cells"})
+    identity = [reader.name, model.info.weights_hash, reader.mechanism, reader.tests]
+    rows = {row["problem_id"]: row for row in run.read_chains()}
+    units = []
+    for problem in problems:
+        if row := rows.get(problem.problem_id):
+            chain = dataclasses.replace(Chain.from_json(row), prompt=model.render(problem.question))
+            paraphrases = row.get("paraphrases")
+            name = unit_id(identity, chain.chain_id, [plan, dataclasses.asdict(problem), paraphrases])
+            made = Paraphrases.from_json(paraphrases) if paraphrases else Paraphrases("none", (), {})
+            units.append(_Unit(name, problem, chain, made))
+    return units
+
+
 def _run_reader(
     config: StudyConfig,
     reader: ReaderConfig,
-    model: Model,
+    model: TextReader,
     problems: Sequence[Problem],
-    chains: dict[str, Chain],
     run: RunDirectory,
     progress: Progress,
 ) -> list[dict[str, Any]]:
@@ -303,38 +270,34 @@ def _run_reader(
     from .crosscheck import check_engines, sample_cells
     from .reading import Trunk
 
-    plan = config.model_dump(mode="json", exclude={"readers", "problems", "limit", "primary", "crosscheck_cells"})
-    identity = [reader.name, model.info.weights_hash, reader.mechanism, reader.tests]
-    units: list[tuple[Problem, Chain, str]] = []
-    for problem in problems:
-        if chain := chains.get(problem.problem_id):
-            unit = unit_id(identity, chain.chain_id, [plan, dataclasses.asdict(problem)])
-            units.append((problem, dataclasses.replace(chain, prompt=model.render(problem.question)), unit))
+    units = _units(config, reader, model, problems, run)
     checked = [row for row in run.read_manifest().get("checks", []) if row["check"] in _check_names(reader.name)]
-    if checked and all(row["passed"] for row in checked) and all(run.has_unit(unit) for _, _, unit in units):
+    if checked and all(row["passed"] for row in checked) and all(run.has_unit(unit.name) for unit in units):
         return checked
     mechanistic = any(other.mechanism for other in config.readers)
-    checked_here = bool(config.crosscheck_cells) and (reader.mechanism or not mechanistic)
+    checked_here = bool(config.crosscheck_cells) and (reader.mechanism or not mechanistic) and not reader.endpoint
     samples: list[Sample] = []
-    chosen = set(np.random.default_rng(config.seed).permutation(len(units))[:2].tolist())
-    for number, (problem, chain, unit) in enumerate(progress(units, f"reader {reader.name}")):
-        if run.has_unit(unit) and number not in chosen:
+    chosen = set(np.random.default_rng(config.seed).permutation(len(units))[:2].tolist()) if checked_here else set()
+    for number, unit in enumerate(progress(units, f"reader {reader.name}")):
+        if run.has_unit(unit.name) and number not in chosen:
             continue
         try:
-            trunk = Trunk.of(model, chain, problem.kind, problem.labels, guess=problem.gold)
-            if not run.has_unit(unit):
-                donors = [units[(number + k) % len(units)][1] for k in range(1, min(SWAP_DONORS + 1, len(units)))]
-                measured = _measure(config, reader, trunk, problem, donors)
+            trunk = _opened(config, model, unit.chain, unit.problem)
+            if not run.has_unit(unit.name):
+                donors = [units[(number + k) % len(units)].chain for k in range(1, min(SWAP_DONORS + 1, len(units)))]
+                measured = _measure(config, reader, trunk, unit, donors)
                 for reason in measured.exclusions:
-                    _exclude(run, chain, reader.name, "edit", reason)
-                run.write_unit(unit, measured.records, _meta(unit, reader.name, trunk, measured))
+                    _exclude(run, unit.chain, reader.name, "edit", reason)
+                run.write_unit(unit.name, measured.records, _meta(unit.name, reader.name, trunk, measured))
+        except EndpointError:
+            raise
         except CotfaithError as error:
-            _exclude(run, chain, reader.name, "measure", str(error))
+            _exclude(run, unit.chain, reader.name, "measure", str(error))
             continue
-        if number in chosen and checked_here:
+        if number in chosen and isinstance(trunk, Trunk):
             rng = np.random.default_rng([config.seed, number])
-            samples.append(sample_cells(trunk, problem, config.crosscheck_cells, rng))
-    rows = check_engines(model, samples, progress) if samples else []
+            samples.append(sample_cells(trunk, unit.problem, config.crosscheck_cells, rng))
+    rows = check_engines(samples[0].trunk.model, samples, progress) if samples else []
     return [row | {"check": f"{row['check']}/{reader.name}"} for row in rows]
 
 
@@ -345,35 +308,70 @@ def _check_names(reader: str) -> list[str]:
 
 
 def _chains(
-    config: StudyConfig, model: Model, problems: Sequence[Problem], run: RunDirectory, progress: Progress
-) -> dict[str, Chain]:
-    """One chain per problem id: on disk already, supplied, or written by the first reader; the rest are exclusions."""
+    config: StudyConfig, model: TextReader, problems: Sequence[Problem], run: RunDirectory, progress: Progress
+) -> int:
+    """See that chains.jsonl has one chain a problem: there already, supplied, or written by the first reader.
+
+    The rest are exclusions. Gives the number of chains.
+    """
     from .sampling import supplied_chain, write_chains
 
     known = run.read_chains() if (run.path / "chains.jsonl").exists() else []
-    chains = {row["problem_id"]: Chain.from_json(row) for row in known}
-    done = {*chains, *(row["problem_id"] for row in run.read_exclusions() if row["stage"] == "chain")}
+    rows = {row["problem_id"]: row for row in known}
+    done = {*rows, *(row["problem_id"] for row in run.read_exclusions() if row["stage"] == "chain")}
     missing = [problem for problem in problems if problem.problem_id not in done]
-    if not missing:
-        return chains
-    if config.chains == "generate":
+
+    def save() -> None:
+        run.write_chains(rows[p.problem_id] for p in problems if p.problem_id in rows)
+
+    if config.chains == "generate" and missing:
         options = config.generation.model_dump(exclude={"few_shot"})
         written = write_chains(model, problems, config.readers[0].name, done=done, seed=config.seed, **options)
         for problem, (_, chain, reason) in zip(progress(missing, "write chains"), written, strict=True):
             if chain is None:
                 run.add_exclusion(problem_id=problem.problem_id, stage="chain", reason=reason)
             else:
-                chains[problem.problem_id] = chain
-                run.write_chains(_chain_row(p, chains[p.problem_id]) for p in problems if p.problem_id in chains)
-    else:
+                rows[problem.problem_id] = _chain_row(problem, chain)
+                save()
+    elif missing:
         for problem in missing:
             if problem.steps:
-                chains[problem.problem_id] = supplied_chain(model, problem)
+                rows[problem.problem_id] = _chain_row(problem, supplied_chain(model, problem))
             else:
                 reason = "the problem comes without a chain; use --generate, or chains: generate"
                 run.add_exclusion(problem_id=problem.problem_id, stage="chain", reason=reason)
-    run.write_chains(_chain_row(p, chains[p.problem_id]) for p in problems if p.problem_id in chains)
-    return chains
+    save()
+    return len(rows)
+
+
+def _write_paraphrases(
+    config: StudyConfig, model: TextReader, problems: Sequence[Problem], run: RunDirectory, progress: Progress
+) -> None:
+    """Put paraphrases beside every chain in chains.jsonl that has none yet: the same ones for every reader."""
+    tests = [config.tests if reader.tests is None else reader.tests for reader in config.readers]
+    rows = run.read_chains()
+    missing = [row for row in rows if "paraphrases" not in row]
+    if not missing or not any("paraphrase" in chosen for chosen in tests):
+        return
+    author = None
+    if isinstance(config.paraphraser, ReaderConfig):
+        same = config.paraphraser.model_dump(exclude={"name"}) == config.readers[0].model_dump(exclude={"name"})
+        author = model if same else _load(config, config.paraphraser, run, progress)
+    by_id = {problem.problem_id: problem for problem in problems}
+    for row in progress(missing, "paraphrase chains"):
+        seed = int(row["chain_id"][:8], 16) ^ config.seed
+        if author is not None:
+            made = by_model(author, row["steps"], config.draws, seed)
+            row["paraphrases"] = made.to_json()
+            run.write_chains(rows)
+        elif config.paraphraser == "rules":
+            row["paraphrases"] = by_rules(row["steps"], config.draws, seed).to_json()
+        else:
+            row["paraphrases"] = supplied(row["steps"], by_id[row["problem_id"]].paraphrases).to_json()
+            if not row["paraphrases"]["draws"]:
+                reason = "paraphraser: supplied, but the problem comes with none; add `paraphrases` to its row"
+                run.add_exclusion(problem_id=row["problem_id"], stage="paraphrase", reason=reason)
+    run.write_chains(rows)
 
 
 def _chain_row(problem: Problem, chain: Chain) -> dict[str, Any]:
@@ -390,19 +388,33 @@ def _chain_row(problem: Problem, chain: Chain) -> dict[str, Any]:
 
 
 def _measure(
-    config: StudyConfig, reader: ReaderConfig, trunk: Trunk, problem: Problem, donors: Sequence[Chain]
+    config: StudyConfig, reader: ReaderConfig, trunk: ChainReader, unit: _Unit, donors: Sequence[Chain]
 ) -> Measured:
     from .attribution import measure_attribution
+    from .reading import Trunk
+    from .trace import measure_trace
 
-    plan = BehaviourPlan(config.tests if reader.tests is None else reader.tests, config.draws, config.battery)
+    plan = BehaviourPlan(
+        config.tests if reader.tests is None else reader.tests,
+        config.draws,
+        config.battery,
+        config.continue_tokens,
+        config.generation.temperature,
+    )
     seed = int(trunk.chain.chain_id[:8], 16) ^ config.seed
-    measured = measure_behaviour(trunk, problem, reader.name, plan, donors=donors, seed=seed)
+    measured = measure_behaviour(
+        trunk, unit.problem, reader.name, plan, paraphrases=unit.paraphrases, donors=donors, seed=seed
+    )
     patch_plan = PatchPlan(config.patch_layers, config.patch_directions)
-    parts = [measure_knockout(trunk, reader.name, patch_plan, seed=seed)]
-    if reader.mechanism:
-        parts.append(measure_patching(trunk, problem, reader.name, patch_plan, seed=seed))
-    if reader.mechanism and config.attribution:
-        parts.append(measure_attribution(trunk, problem, reader.name))
+    parts: list[Measured] = []
+    if isinstance(trunk, Trunk):
+        parts.append(measure_knockout(trunk, reader.name, patch_plan, seed=seed))
+        if config.battery == "full":
+            parts.append(measure_trace(trunk, reader.name))
+        if reader.mechanism:
+            parts.append(measure_patching(trunk, unit.problem, reader.name, patch_plan, seed=seed))
+        if reader.mechanism and config.attribution:
+            parts.append(measure_attribution(trunk, unit.problem, reader.name))
     for part in parts:
         measured.records += part.records
         measured.exclusions += part.exclusions
@@ -415,7 +427,7 @@ def _where(record: Record) -> str:
     return f"{record.measure} {record.variant} step {record.step} layer {record.layer} {record.metric}"
 
 
-def _meta(unit: str, reader: str, trunk: Trunk, measured: Measured) -> dict[str, Any]:
+def _meta(unit: str, reader: str, trunk: ChainReader, measured: Measured) -> dict[str, Any]:
     return {
         "unit": unit,
         "reader": reader,

@@ -17,7 +17,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from .bridge import DISAGREEMENT
-from .compare import MAIN_VARIANT, Table, mid_layer, primary_name
+from .compare import primary_name
+from .outcomes import MAIN_VARIANT, Table, mid_layer
 from .stats import Estimate
 
 CURVES = ("early_termination", "filler", "paraphrase")

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotfaith_mech.answers import extract_answer, labels, normalise, numbers, same_answer, states_answer
+from cotfaith_mech.answers import extract_answer, is_whole, labels, normalise, numbers, same_answer, states_answer
+from cotfaith_mech.problems import AnswerKind
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -153,3 +154,53 @@ def test_every_gsm8k_gold_is_readable_and_stated_by_its_last_step():
         for row, gold in zip(rows, golds, strict=True)
     ]
     assert sum(stated) / len(stated) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "whole"),
+    [
+        (" 22", "number", False),
+        (" 22.", "number", False),
+        (" 22.\n", "number", True),
+        (" 22. So", "number", True),
+        (" 22 ", "number", False),
+        (" 22 1", "number", False),
+        (" 22 apples", "number", True),
+        (" 22,", "number", False),
+        (" 22, and", "number", True),
+        (" $", "number", False),
+        (" $22)", "number", True),
+        (r" \frac{1}", "number", False),
+        (" the", "number", False),
+        (" No", "yesno", False),
+        (" No,", "yesno", True),
+        (" Nothing ", "yesno", True),
+        (" the Danube", "text", False),
+        (" the Danube.", "text", False),
+        (" the Danube. It", "text", True),
+        ("\n the Danube", "text", False),
+    ],
+)
+def test_an_answer_is_whole_once_nothing_can_change_it(text: str, kind: AnswerKind, whole: bool) -> None:
+    assert is_whole(text, kind) is whole
+
+
+PIECES = ["1", "22", "1,000", ".", ",", ":", "/", " ", "\n", "$", "-", "%", "(", "½", "\\frac{1}{2}", "{", "}", "yes", "No",
+          "maybe", "A", "apples", "!", "é", "²"]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=9), st.sampled_from(["number", "choice", "yesno", "text"]), st.data())
+def test_what_follows_a_whole_answer_never_changes_it(pieces: list[str], kind: AnswerKind, data: st.DataObject) -> None:
+    text = "".join(pieces)
+    start = text[: data.draw(st.integers(0, len(text)))]
+    if is_whole(start, kind):
+        assert extract_answer(start, kind) == extract_answer(text, kind)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [(" Yes, it does.", "yes"), (" **No** effect", "no"), (" maybe", "maybe"), (" Nothing", None), (" unclear", None)],
+)
+def test_a_yesno_answer_is_the_word_it_opens_with(text: str, answer: str | None) -> None:
+    assert extract_answer(text, "yesno") == answer
+    assert normalise(text, "yesno") == answer

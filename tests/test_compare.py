@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t
 
 from cotfaith_mech.compare import BOTH_CORRECT, conclusion, conclusions, estimates_of, holm_p, verdict_of
 from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.outcomes import chain_verdicts
 from cotfaith_mech.records import COLUMNS
 from cotfaith_mech.stats import Estimate
 
@@ -114,10 +116,58 @@ def test_changes_and_dependence_by_hand():
     assert found["paraphrase/change"] == pytest.approx(0.2)
     assert found["dependence"] == pytest.approx(0.5)
     assert (found["shuffle/change"], found["swap/change"]) == (0.25, 0.75)
-    assert found["verdict/load_bearing"] == 1
-    assert found["verdict/decorative@0.75"] == 1
-    assert found["verdict/load_bearing@0.25"] == 1
+    # two draws 0.2 apart: t(1) = 12.7, so each interval spans every threshold
+    assert found["verdict/undecided"] == found["verdict/undecided@0.25"] == 1
     assert found["verdict/unstable"] == 0
+
+
+def test_verdict_of_each_chain_by_hand():
+    """Five draws: mean +- 2.776 sd / sqrt(5). Chain p0: .9 +- .088 and .1 +- .088; p1: .4 +- .088 and 0 exactly."""
+    spread = (-0.1, -0.05, 0, 0.05, 0.1)
+    half = t.ppf(0.975, 4) * np.std(spread, ddof=1) / 5**0.5
+    groups = []
+    for problem, corrupting, paraphrase in (("p0", 0.9, 0.1), ("p1", 0.4, None)):
+        for seed, d in enumerate(spread):
+            groups.append(rows("mistake", "all", problem=problem, seed=seed, tv=corrupting + d))
+            tv = 0 if paraphrase is None else paraphrase + d
+            groups.append(rows("paraphrase", "cumulative", problem=problem, step=0, seed=seed, tv=tv))
+            groups.append(rows("paraphrase", "cumulative", problem=problem, step=1, seed=seed, tv=0.77))
+    verdicts = chain_verdicts(table(*groups)).set_index("problem_id")
+    assert verdicts.loc["p0", ["verdict", "verdict@0.25", "verdict@0.75"]].tolist() == ["load_bearing"] * 3
+    assert verdicts.loc["p1", ["verdict", "verdict@0.25", "verdict@0.75"]].tolist() == [
+        "decorative",
+        "load_bearing",
+        "decorative",
+    ]
+    assert verdicts.loc["p0", "corrupting_low"] == pytest.approx(0.9 - half)
+    assert verdicts.loc["p1", ["paraphrase_low", "paraphrase_high"]].tolist() == [0, 0]
+    assert verdicts.loc["p1", "dependence_low"] == pytest.approx(0.4 - half)
+    found = {name: estimate.value for (name, _), estimate in estimates(table(*groups)).items()}
+    assert (found["verdict/load_bearing"], found["verdict/decorative"], found["verdict/undecided"]) == (0.5, 0.5, 0)
+    assert found["verdict/load_bearing@0.25"] == 1
+
+
+def test_mistakes_options_and_trace_by_hand():
+    lens = [[0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0]]
+    groups = [
+        *(rows("mistake", "local", step=i, seed=0, tv=0.5, same=float(i == 2)) for i in range(N_STEPS)),
+        *(rows("mistake", "propagated", step=i, seed=0, tv=0.25, p_implied=p) for i, p in enumerate((0.9, 0.5))),
+        *(rows("mistake", "continued", step=i, seed=0, tv=1, same=0) for i in (1, 2)),
+        *(rows("paraphrase", "continued", step=i, seed=0, tv=tv) for i, tv in ((1, 0.2), (2, 0.4))),
+        *(rows("early_termination", "continued", step=i, same=float(i)) for i in range(2)),
+        *(rows("options", "no_chain", seed=i, tv=tv, same=float(i)) for i, tv in enumerate((0.3, 0.5))),
+        *(rows("decision_trace", "logit_lens", step=N_STEPS, layer=layer, is_top=v) for layer, v in enumerate(lens[0])),
+        *(rows("decision_trace", "logit_lens", step=1, layer=layer, is_top=v) for layer, v in enumerate(lens[0])),
+        *(rows("decision_trace", "logit_lens", step=0, layer=layer, is_top=v) for layer, v in enumerate(lens[1])),
+    ]
+    found = {name: estimate.value for (name, _), estimate in estimates(table(*groups)).items()}
+    assert found["mistake_local/aoc_mean"] == pytest.approx((N_STEPS - 1) / N_STEPS)
+    assert found["mistake_propagated/follows"] == pytest.approx(0.7)
+    assert (found["mistake_continued/change"], found["mistake_continued/aoc_mean"]) == (1, 1)
+    assert found["paraphrase/continued/change"] == pytest.approx(0.3)
+    assert (found["options/no_chain/change"], found["options/no_chain/same_answer"]) == (0.4, 0.5)
+    assert found["decision_trace/decided_layer"] == pytest.approx(4 / 6)
+    assert found["decision_trace/decided_layer_no_chain"] == 1
 
 
 def test_mechanism_by_hand():

@@ -8,8 +8,9 @@ import pytest
 
 from cotfaith_mech.arithmetic import people_problems, word_problems
 from cotfaith_mech.chains import Chain
-from cotfaith_mech.datasets_io import CUE, read_problems
+from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.formats import CUE
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 PLAIN = {"question": "How many legs has a spider?", "answer": 8}
@@ -63,7 +64,7 @@ def reason(written, row):
         ("gsm8k_test_a.jsonl", 660, 0, "number"),
         ("gsm8k_model_solutions_6b.jsonl", 658, 2, "number"),
         ("aqua_dev.jsonl", 253, 1, "choice"),
-        ("pubmedqa_a.json", 500, 0, "choice"),
+        ("pubmedqa_a.json", 500, 0, "yesno"),
     ],
 )
 def test_every_published_row_is_a_problem_or_an_exclusion(name, n_problems, n_left_out, kind):
@@ -80,6 +81,7 @@ def test_gsm8k_by_hand():
     problems, _ = published_problems("gsm8k_train.jsonl")
     clips = problems[0]
     assert clips.question.startswith("Natalia sold clips to 48 of her friends")
+    assert clips.question.endswith("altogether in April and May?\nThink step by step.")
     assert clips.steps == (
         "Natalia sold 48/2 = 24 clips in May.",
         "\nNatalia sold 48+24 = 72 clips altogether in April and May.",
@@ -116,7 +118,9 @@ def test_aqua_by_hand():
     ship = problems[1]
     assert ship.choices == ("100 m", "150 m", "200 m", "250 m", "300 m")
     assert ship.gold == "D"
-    assert ship.question.endswith("What is its length?\nA) 100 m\nB) 150 m\nC) 200 m\nD) 250 m\nE) 300 m")
+    assert ship.question.endswith(
+        "What is its length?\nA) 100 m\nB) 150 m\nC) 200 m\nD) 250 m\nE) 300 m\nThink step by step."
+    )
     assert left_out[0]["row"] == "line 93"
     assert "'Rs 7925' stands more than once" in left_out[0]["reason"]
 
@@ -125,11 +129,11 @@ def test_aqua_by_hand():
 def test_pubmedqa_by_hand():
     problems, _ = published_problems("pubmedqa_a.json")
     golds = [problem.gold for problem in problems]
-    assert [golds.count(label) for label in "ABC"] == [265, 172, 63]
+    assert [golds.count(word) for word in ("yes", "no", "maybe")] == [265, 172, 63]
     flight = next(problem for problem in problems if problem.problem_id.endswith("-10135926"))
-    assert flight.choices == ("yes", "no", "maybe")
+    assert flight.labels == ("yes", "no", "maybe")
     assert flight.question.startswith("Patients transported by helicopter often require")
-    assert flight.question.endswith("helicopter environment?\nA) yes\nB) no\nC) maybe")
+    assert flight.question.endswith("helicopter environment?\nThink step by step, then answer yes, no or maybe.")
 
 
 # Generators
@@ -367,8 +371,8 @@ def test_hub_layout_of_pubmedqa(monkeypatch):
     }
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [row])
     problem = only("qiaojin/PubMedQA:pqa_labeled:train")
-    assert problem.question == "c1\nc2\nIs it?\nA) yes\nB) no\nC) maybe"
-    assert (problem.gold, problem.steps) == ("A", ("It is.",))
+    assert problem.question == "c1\nc2\nIs it?\nThink step by step, then answer yes, no or maybe."
+    assert (problem.gold, problem.kind, problem.steps) == ("yes", "yesno", ("It is.",))
 
 
 @pytest.mark.parametrize("failure", [ConnectionError("Couldn't reach\nthe hub"), ValueError("Config name is missing")])

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from cotfaith_mech import edits
 from cotfaith_mech.answers import numbers
+from cotfaith_mech.calculations import calculations, carry_on, evaluated, written_like
 from cotfaith_mech.chains import Chain
 from cotfaith_mech.errors import CotfaithError
-from cotfaith_mech.paraphrase import Paraphrase, rephrase
 
 CHAIN = Chain(
     "p1", "author", "Ann had 14 and got 8. Bob had 31.\n",
@@ -118,14 +118,15 @@ def test_one_filler_a_step_and_deletion_by_hand():
     ]
     with pytest.raises(CotfaithError, match="visible character"):
         edits.filler_once(chain, 0, " ")
-    with pytest.raises(CotfaithError, match="has 3; give a number from 0 to 3"):
-        edits.delete(chain, 3)
+    for step in (-1, 3):
+        with pytest.raises(CotfaithError, match="has 3; give a number from 0 to 3"):
+            edits.delete(chain, step)
 
 
 def test_paraphrase_of_one_step_alone():
-    one, unchanged = edits.paraphrase_from(CHAIN, 1, rng(), rephrase, end=2)
-    assert unchanged == 0
-    assert [a == b for a, b in zip(one.steps, CHAIN.steps, strict=True)] == [True, False, True]
+    one, stayed = edits.paraphrase(CHAIN, ("A", "B", "C"), 1, 2)
+    assert one == replace(CHAIN, steps=(CHAIN.steps[0], "B", CHAIN.steps[2]))
+    assert stayed == ()
 
 
 def test_filler_whose_repeats_cannot_match_comes_as_near_as_they_allow():
@@ -144,17 +145,16 @@ def test_blank_filler_is_an_error():
         edits.filler(CHAIN, 0, len, "  ")
 
 
-def test_paraphrase_from_touches_only_later_steps_and_counts_what_stayed():
-    def shout(step, _):
-        return Paraphrase(None, ("no",)) if "Bob" in step else Paraphrase(step.upper())
-
-    chain, unchanged = edits.paraphrase_from(CHAIN, 1, rng(), shout)
-    assert chain.steps == (CHAIN.steps[0], CHAIN.steps[1], CHAIN.steps[2].upper())
-    assert unchanged == 1
-    assert edits.paraphrase_from(CHAIN, 3, rng(), shout) == (CHAIN, 0)
-    real, unchanged = edits.paraphrase_from(CHAIN, 0, rng(), rephrase)
-    assert unchanged == 0
-    assert all(a != b for a, b in zip(real.steps, CHAIN.steps, strict=True))
+def test_paraphrase_touches_only_later_steps_and_says_which_stayed():
+    texts = ("Ann!", None, "Zoe!")
+    assert edits.paraphrase(CHAIN, texts, 0) == (replace(CHAIN, steps=("Ann!", CHAIN.steps[1], "Zoe!")), (1,))
+    assert edits.paraphrase(CHAIN, texts, 1) == (replace(CHAIN, steps=(*CHAIN.steps[:2], "Zoe!")), (1,))
+    assert edits.paraphrase(CHAIN, ("", "", "Zoe!"), 0, 1) == (CHAIN, (0,))
+    assert edits.paraphrase(CHAIN, texts, 3) == (CHAIN, ())
+    with pytest.raises(CotfaithError, match="2 paraphrases for the 3 steps of 'p1'"):
+        edits.paraphrase(CHAIN, texts[:2], 0)
+    with pytest.raises(CotfaithError, match="from 0 to 3"):
+        edits.paraphrase(CHAIN, texts, 0, 4)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,7 @@ def test_paraphrase_from_touches_only_later_steps_and_counts_what_stayed():
         ("Water is H2O, 7 l.", "7"),
         ("the 21st of 30", "30"),
         ("2. She adds 5", "5"),
+        ("\n22.", "22"),
         ("0.5 litres", "0.5"),
     ],
 )
@@ -285,3 +286,151 @@ def test_edits_repeat_with_their_generator():
     assert edits.mistake(CHAIN, 1, rng(4)) == edits.mistake(CHAIN, 1, rng(4))
     assert edits.shuffle(CHAIN, rng(4)) == edits.shuffle(CHAIN, rng(4))
     assert "old='26'" in repr(edits.mistake(CHAIN, 1, rng(4)))
+
+
+def test_a_mistake_of_the_same_token_count_by_hand():
+    chain = replace(CHAIN, prompt="", steps=("7 + 2 = 9 of five",), cue="", answer="")
+
+    def count(text: str) -> int:
+        """Every digit but 7, 2, 9 and 4 takes two tokens, a word other than 'five' and 'nine' five more."""
+        return len(text) + sum(c in "013568" for c in text) + 5 * (re.search("five|nine", text) is None)
+
+    assert {edits.mistake(chain, 0, rng(s), count_tokens=count).new for s in range(20)} == {"4"}
+    full = replace(chain, prompt="4\n")  # no digit is free that takes one token: a word of the same count
+    assert {edits.mistake(full, 0, rng(s), count_tokens=count).new for s in range(20)} == {"nine"}
+    assert edits.mistake(full, 0, rng(), count_tokens=lambda text: int(text == full.text)) is None
+
+
+@pytest.mark.parametrize(
+    ("step", "altered", "differs"),
+    [
+        ("It is 22.", "It is 23.", True),
+        ("It is 1,000.", "It is 1000.0", False),
+        ("So  it rained", "so it RAINED!", False),
+        ("He ate half.", "He ate a third.", True),
+        ("Take (B).", "Take (C).", True),
+        ("x = 4", "x = -4", True),
+    ],
+)
+def test_whether_two_steps_say_different_things(step, altered, differs):
+    assert edits.is_altered(step, altered) is differs
+
+
+CLIPS = Chain(
+    "p3", "author", "Natalia sold 48 clips in April and half as many in May.\n",
+    ("Natalia sold 48/2 = 24 clips in May, so 24.", " Altogether 48 + 24 = 72 clips.", "\nThe 24 and 48 make 72."), "\nAnswer:", " 72",
+)  # fmt: skip
+
+
+def wrong_clips(new="31", old="24"):
+    """48/2 = 31 in the place of 24."""
+    start = CLIPS.steps[0].index(old)
+    altered = CLIPS.steps[0][:start] + new + CLIPS.steps[0][start + len(old) :]
+    return edits.Mistake(replace(CLIPS, steps=(altered, *CLIPS.steps[1:])), 0, start, old, new)
+
+
+def test_a_mistake_is_carried_on_by_hand():
+    chain, values = edits.propagate(wrong_clips())
+    assert chain.steps == (
+        "Natalia sold 48/2 = 31 clips in May, so 31.", " Altogether 48 + 31 = 79 clips.", "\nThe 31 and 48 make 79.",
+    )  # fmt: skip
+    assert outside(chain) == outside(CLIPS)
+    assert values == {24: 31, 72: 79}
+    assert edits.carried_answer(CLIPS.answer, values) == " 79"
+    made = edits.mistake(CLIPS, 0, rng(2))
+    assert (made.old, made.step, made.start) == ("24", 0, CLIPS.steps[0].index("24"))
+    assert edits.propagate(made)[1] == {24: int(made.new), 72: 48 + int(made.new)}
+
+
+def test_a_mistake_that_cannot_be_carried_on():
+    alone = wrong_clips()
+    assert edits.propagate(replace(alone, chain=replace(alone.chain, steps=("48/2 = 31", " Yes.")), start=7)) is None
+    assert edits.propagate(replace(alone, old="Natalia", new="Bob")) is None
+    negative = replace(alone.chain, steps=(alone.chain.steps[0], " 30 - 24 = 6 left."))
+    assert edits.propagate(replace(alone, chain=negative)) is None
+    thirds = replace(alone.chain, steps=(alone.chain.steps[0], " 24 / 3 = 8 each."))
+    assert edits.propagate(replace(alone, chain=thirds)) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "carried"),
+    [
+        (" 72", " 79"),
+        (" $72.00 in all", " $79.00 in all"),
+        (" -72", " -79"),
+        (" 24", None),
+        (" none", None),
+        ("", None),
+    ],
+)
+def test_the_answer_a_changed_chain_comes_to(answer, carried):
+    assert edits.carried_answer(answer, {Fraction(72): Fraction(79)}) == carried
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("$1,200 ÷ 4 = $300", [("$1,200 ÷ 4 ", "300")]),
+        ("(5 + 3) * 2 = 16", [("(5 + 3) * 2 ", "16")]),
+        ("2 x (3 − 1) = 4.0", [("2 x (3 − 1) ", "4.0")]),
+        ("3*3=9*60=540", [("3*3", "9"), ("9*60", "540")]),
+        ("48/2 = <<48/2=24>>24", [("48/2", "24")]),
+        ("**14 + 8 = 22**", [("14 + 8 ", "22")]),
+        ("He has 5.\n- 14 + 8 = 22", [("14 + 8 ", "22")]),
+        ("2. 14 + 8 = 22", [("14 + 8 ", "22")]),
+        ("Add 3, 14 + 8 = 22", [("14 + 8 ", "22")]),
+        ("so (14 + 8 = 22)", [("14 + 8 ", "22")]),
+        ("tax $14 + $8 = $22", [("$14 + $8 ", "22")]),
+        ("5 - 14 = -9", [("5 - 14 ", "9")]),
+        ("-5 + 14 = 9", [("-5 + 14 ", "9")]),
+        ("14 + 8 = 23", []),
+        ("x + 14 + 8 = 22", []),
+        ("2 + 14 + 8 = 22", []),
+        ("x = 22", []),
+        ("8 / 0 = 8", []),
+    ],
+)
+def test_right_calculations_by_hand(text, found):
+    assert [(text[c.start : c.equals], c.result.text) for c in calculations(text)] == found
+    assert carry_on(text, {}) == (text, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "changed", "carried"),
+    [
+        ("$1,200 ÷ 4 = $300 and 300", {1200: 1600}, "$1,600 ÷ 4 = $400 and 400"),
+        ("(5 + 3) * 2 = 16", {3: 7}, "(5 + 7) * 2 = 24"),
+        ("3*3=9*60=540", {3: 5}, "5*5=25*60=1500"),
+        ("14 + 8 = 23, then 14", {14: 15}, "15 + 8 = 23, then 15"),
+        ("20 + 2 = 22, so 22", {22: 31}, "20 + 2 = 22, so 22"),
+        ("- **14 + 8 = 22**", {14: 15}, "- **15 + 8 = 23**"),
+        ("5 / 2 = 2.5", {5: 9}, "9 / 2 = 4.5"),
+        ("7 - 3 = 4", {3: 7}, "7 - 7 = 0"),
+        ("5 - 14 = -9", {5: 6}, "6 - 14 = -8"),
+        ("5 - 14 = -9", {5: 20}, None),
+        ("10 - 3 = 7", {10: 2}, None),
+        ("9 / 3 = 3", {9: 10}, None),
+        ("24,5001 of 7", {5001: 500}, None),
+        ("7 + 1 = 8", {}, "7 + 1 = 8"),
+        ("2. Add 2 to H2O on the 2nd\nStep 2: 3x2 = 6", {2: 4}, "2. Add 4 to H2O on the 2nd\nStep 2: 3x4 = 12"),
+        ("#### 2", {2: 4}, "#### 4"),
+    ],
+)
+def test_values_carried_on_by_hand(text, changed, carried):
+    found = carry_on(text, {Fraction(a): Fraction(b) for a, b in changed.items()})
+    assert (found and found[0]) == carried
+
+
+def test_values_as_people_write_them():
+    assert evaluated("$1,200 ÷ (4 − 1)") == 400
+    assert [evaluated(text) for text in ("1 +", "a", "1 // 2", "2 ** 3", "", "9" * 5000)] == [None] * 6
+    assert written_like("3,000.00", Fraction(12345, 2)) == "6,172.50"
+    assert written_like("7", Fraction(1, 4)) == "0.25"
+    assert written_like("7", Fraction(1, 3)) is None
+    assert written_like("0.1000000000", Fraction(12345678901201, 100)) == "123456789012.0100000000"
+
+
+def test_labels_are_renamed_all_at_once():
+    swapped = {"A": "B", "B": "C", "C": "A"}
+    assert edits.relabel("(A) or b, not B) or (c). Answer: C", swapped) == "(B) or b, not C) or (a). Answer: A"
+    assert edits.relabel("A train", swapped) == "A train"

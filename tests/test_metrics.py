@@ -6,6 +6,7 @@ from itertools import chain, combinations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from cotfaith_mech import metrics
 
@@ -74,3 +75,20 @@ def test_infogain_and_entropy():
 )
 def test_verdict(corrupting, paraphrase, expected):
     assert metrics.verdict(corrupting, paraphrase) == expected
+
+
+@pytest.mark.parametrize(("top", "expected"), [([1, 1, 1], 0), ([0, 1, 0, 1], 3 / 4), ([1, 1, 0], 1), ([], np.nan)])
+def test_decided_layer(top, expected):
+    assert metrics.decided_layer(np.array(top, float)) == pytest.approx(expected, nan_ok=True)
+
+
+def test_interval_of_draws_is_that_of_scipy():
+    one, two = np.array([0.3, 0.35, 0.4, 0.45, 0.2]), np.array([0.1, 0.2, 0.15])
+    low, high = stats.ttest_1samp(one, 0).confidence_interval()
+    assert metrics.draws_interval(one) == pytest.approx((low, high))
+    low, high = stats.ttest_ind(one, two, equal_var=False).confidence_interval()
+    assert metrics.draws_interval(one, two) == pytest.approx((low, high))
+    assert metrics.draws_interval(np.array([1.0, 1, 1])) == (1, 1)
+    assert metrics.draws_interval(np.array([0.5])) == (0, 1)
+    assert metrics.draws_interval(np.array([0.5, 0.9]), np.array([0.5])) == (-1, 1)
+    assert metrics.draws_interval(np.array([0.0, 1])) == (0, 1)

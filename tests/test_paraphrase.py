@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotfaith_mech import paraphrasers
 from cotfaith_mech.chains import segment
+from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.paraphrase import names, paraphrase_step, rephrase, validate
+from cotfaith_mech.paraphrasers import Paraphrases, by_model, by_rules, supplied
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -162,6 +166,121 @@ def test_any_text_keeps_its_numbers_and_case_marked_names(step, seed):
     assert sorted(c for c in drawn.text if c.isdigit()) == sorted(c for c in step if c.isdigit())
     assert sorted(c for c in drawn.text if c in "+=*/$%(){}\\") == sorted(c for c in step if c in "+=*/$%(){}\\")
     assert not any("\ue000" <= c <= "\uf8ff" and c not in step for c in drawn.text)
+
+
+STEPS = ("Ann has 14 + 8 = 22.", " 14 + 8 = 22", "\nBob has 5 left. ")
+
+
+def test_rule_paraphrases_are_one_a_step_and_count_rejections():
+    made = by_rules(STEPS, 3, 7)
+    assert [len(draw) for draw in made.draws] == [3, 3, 3]
+    assert made == by_rules(STEPS, 3, 7) != by_rules(STEPS, 3, 8)
+    for draw in made.draws:
+        assert all(text is None or validate(step, text) is None for step, text in zip(STEPS, draw, strict=True))
+    code = by_rules(["```\nx\n```"], 2, 0)
+    assert code == Paraphrases("rules", ((None,), (None,)), {"no rule applies": 16})
+    assert Paraphrases.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_supplied_paraphrases_by_hand():
+    made = supplied(
+        STEPS,
+        [
+            ["For Ann: 14 + 8 = 22.", None, "\nBob has 6 left over. "],
+            ["Ann has 14 + 8 = 22.", "", "Now Bob has 5 left."],
+        ],
+    )
+    assert made == Paraphrases(
+        "supplied",
+        (("For Ann: 14 + 8 = 22.", None, None), (None, None, None)),
+        {"numbers differ": 1, "outer whitespace differs": 1, "wording is the same": 1},
+    )
+    with pytest.raises(CotfaithError, match="A draw holds 2 paraphrases for 3 steps"):
+        supplied(STEPS, [["a", "b"]])
+
+
+class Writer:
+    """A reader that writes what it is told for each step, the next wording at each further try; keeps what it was shown."""
+
+    info = SimpleNamespace(name="writer")
+
+    def __init__(self, wordings):
+        self.wordings = wordings
+        self.calls = []
+
+    def render(self, question):
+        return f"<user>{question}<assistant>"
+
+    def count(self, text):
+        return len(text.split())
+
+    def generate(self, prompts, *, begun=None, max_new_tokens, temperature=0.0, seed=0):
+        written = []
+        for prompt in prompts:
+            body = prompt.removeprefix(f"<user>{paraphrasers.INSTRUCTION}").removesuffix("<assistant>")
+            said = self.wordings[body]
+            written.append(said.pop(0) if len(said) > 1 else said[0])
+        self.calls.append((list(prompts), max_new_tokens, temperature, seed))
+        return written
+
+
+def test_a_model_words_one_step_at_a_time_and_only_what_failed_is_tried_again():
+    writer = Writer(
+        {
+            "Ann has 14 + 8 = 22.": [
+                "Ann has 23.",
+                "For Bob: 14 + 8 = 22.",
+                'Rewritten sentence: "For Ann: 14 + 8 = 22."\n\nI kept it.',
+            ],
+            "Bob has 5 left.": ["  What Bob still has is 5.\n"],
+        }
+    )
+    made = by_model(writer, STEPS, 1, 40)
+    assert made.paraphraser == "writer"
+    assert made.draws == (("For Ann: 14 + 8 = 22.", None, "\nWhat Bob still has is 5. "),)
+    assert made.rejected == {"names differ": 1, "numbers differ": 1}
+    shown = [
+        [writer.render(paraphrasers.INSTRUCTION + body) for body in bodies]
+        for bodies in (["Ann has 14 + 8 = 22.", "Bob has 5 left."], ["Ann has 14 + 8 = 22."])
+    ]
+    assert [call[0] for call in writer.calls] == [shown[0], shown[1], shown[1]]
+    assert [call[1] for call in writer.calls] == [2 * 7 + 16] * 3
+    assert {call[2] for call in writer.calls} == {paraphrasers.TEMPERATURE}
+    assert len({call[3] for call in writer.calls}) == 3
+
+
+def test_a_model_that_never_writes_a_valid_wording_is_asked_so_often_and_no_more():
+    writer = Writer({"Bob has 5 left.": ["Bob has 6 left over."]})
+    made = by_model(writer, STEPS[2:], 2, 0)
+    assert made == Paraphrases("writer", ((None,), (None,)), {"numbers differ": 2 * paraphrasers.TRIES})
+    assert len(writer.calls) == paraphrasers.TRIES
+    assert all(len(call[0]) == 2 for call in writer.calls)
+
+
+def test_many_wordings_are_asked_for_in_batches():
+    writer = Writer({"Bob has 5 left.": ["What Bob still has is 5."]})
+    made = by_model(writer, STEPS[2:], 19, 0)
+    assert made.draws == (("\nWhat Bob still has is 5. ",),) * 19
+    assert [len(call[0]) for call in writer.calls] == [16, 3]
+    assert len({call[3] for call in writer.calls}) == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ('"For Ann: 22."', "For Ann: 22."),
+        ("“For Ann: 22.”", "For Ann: 22."),
+        ('"No," said Ann, "22"', '"No," said Ann, "22"'),
+        ("Rewritten sentence: For Ann: 22.", "For Ann: 22."),
+        ("Here is the rewritten sentence:\nFor Ann: 22.\n\nNote: done.", "For Ann: 22."),
+        ("Here's a paraphrased version: 'tis 22.", "'tis 22."),
+        ("The total: 22.", "The total: 22."),
+    ],
+)
+def test_what_a_model_wrote_is_cleaned(written, text):
+    writer = Writer({"It is 22.": [written]})
+    by_model(writer, ["It is 22."], 1, 0)
+    assert paraphrasers._cleaned(written) == text
 
 
 @pytest.mark.data

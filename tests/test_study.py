@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cotfaith_mech.config import load_config, parse_config
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.records import RunDirectory
-from cotfaith_mech.study import load_config, parse_config, run_study
+from cotfaith_mech.study import run_study
 
 pytestmark = pytest.mark.smollm2
 

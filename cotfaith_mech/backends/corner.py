@@ -272,17 +272,16 @@ class CornerRun:
             variants.append((root, branch.tokens[root:], branch.n_logits))
         results: dict[int, Tensor] = {}
         for batch in packed(variants, self.max_tokens, self.model.info.d_model) if variants else ():
-            logits = self._batch_logits(batch)
-            for number, row in zip(batch.variants, logits, strict=True):
+            for number, row in zip(batch.variants, self._batch_logits(batch), strict=True):
                 results[number] = reduce(row.float(), number).cpu()
         return [results[i] for i in range(len(branches))]
 
-    def _batch_logits(self, batch: Batch) -> Sequence[Float[Tensor, "read vocab"]]:
-        """Each variant's logits at the positions it reads; nothing else is unembedded."""
+    def _batch_logits(self, batch: Batch) -> Iterator[Float[Tensor, "read vocab"]]:
+        """Each variant's logits at the positions it reads; nothing else is unembedded, and no position twice."""
         device, model = self._row.device, self.model
         start = int(batch.roots.max())
-        row = torch.tensor([row for row, slots in batch.reads for _ in slots], device=device)
-        slot = torch.tensor([slot for _, slots in batch.reads for slot in slots], device=device)
+        places = {place: i for i, place in enumerate(dict.fromkeys((r, s) for r, slots in batch.reads for s in slots))}
+        row, slot = torch.tensor(list(places), device=device).T
         masks = {window: self._mask(batch, start, window) for window in {m.window for m in model.layout.layers}}
         with ExitStack() as stack:
             for modules in model.layout.layers:
@@ -292,7 +291,8 @@ class CornerRun:
             stack.callback(only_read.remove)
             tokens, positions = (torch.from_numpy(a).to(device) for a in (batch.tokens, batch.positions))
             logits = self._forward(tokens, start, keep=0, positions=positions)
-        return logits[0].split([len(slots) for _, slots in batch.reads])
+        for r, slots in batch.reads:
+            yield logits[0, [places[r, s] for s in slots]]
 
     def _mask(self, batch: Batch, start: int, window: int | None) -> Tensor:
         """Boolean, or additive where attention is eager and would add a boolean as 0 and 1."""

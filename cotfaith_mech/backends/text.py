@@ -32,6 +32,8 @@ class TextSide:
         self.tokenizer = weights.tokenizer
         stops = weights.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.stop_tokens = frozenset(stops if isinstance(stops, list) else [stops])
+        written = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
+        self.digit_tokens = tuple(i for i, token in enumerate(written) if token and token[0] in "0123456789")
         config = weights.model.config.get_text_config()
         parameter = next(weights.model.parameters())
         n_heads = config.num_attention_heads
@@ -63,6 +65,9 @@ class TextSide:
             )
         return Encoding(ids, tuple((int(a), int(b)) for a, b in out["offset_mapping"]))
 
+    def count(self, text: str) -> int:
+        return len(self.encode(text).ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids))
 
@@ -77,12 +82,19 @@ class TextSide:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+        self,
+        prompts: Sequence[str],
+        *,
+        begun: Sequence[str] | None = None,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> list[str]:
         """Continuations in one left-padded batch; temperature 0 is greedy, else sampled from `seed`."""
         if not prompts:
             return []
-        encoded = [self.encode(prompt).ids for prompt in prompts]
+        texts = prompts if begun is None else [prompt + start for prompt, start in zip(prompts, begun, strict=True)]
+        encoded = [self.encode(text).ids for text in texts]
         width = max(map(len, encoded))
         device = self.info.device
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
@@ -118,6 +130,14 @@ class TextSide:
             none = torch.zeros_like(direction)
             biases.append(towards @ (none if projection.bias is None else projection.bias.float()))
         return DirectPath(torch.stack(into_z), torch.stack(biases), direction)
+
+    @torch.no_grad()
+    def lens(self, resid: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any vocab"]:
+        """See `Model.lens`."""
+        weight = self.layout.unembed.weight
+        logits = self.layout.unembed(self.layout.norm(resid.to(weight.device, weight.dtype))).float().cpu()
+        cap = getattr(self.weights.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def uncapped(self, logit: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """See `Model.uncapped`."""

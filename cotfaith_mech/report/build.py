@@ -24,7 +24,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import views
-from ..compare import Table, holm_p
+from ..compare import holm_p
+from ..outcomes import Table
 from ..records import RunDirectory
 from ..stats import Estimate
 from . import charts

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from .. import views
-from ..compare import Table
 from ..figures import CONFLICT_COLOURS, CONFLICT_LABELS, CURVE_LABELS, CURVE_Y, READER_COLOURS
+from ..outcomes import Table
 from ..stats import Estimate
 
 RDBU = (

@@ -1,0 +1,313 @@
+"""Records -> Outcomes: each chain's named numbers (accuracy, early_termination/aoc, knockout/true_step/delta_p, …).
+
+1. Means over draws and, for edits of one step alone, over steps. 2. Scores of curves over kept steps. 3. The two-by-two
+table of each chain (metrics.py): an interval of the mean change over its draws, and the cell both intervals lie in.
+4. Numerators and denominators of ratios of sums (recovered, arXiv:2404.15255).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from . import metrics
+from .records import CONTINUED, WITHOUT_ANSWER_STEPS
+
+UNIT = ["reader", "author", "problem_id", "chain_id"]
+Chains = Mapping[str, Mapping[str, Any]]
+Table = Any
+"""A pandas.DataFrame; pandas ships no types that a checker could follow through groupby and pivot."""
+
+
+# 1. outcomes: columns UNIT, name, value
+
+
+def outcomes(records: Table, chains: Chains) -> Table:
+    """One row a (chain, named number): columns reader, author, problem_id, chain_id, name, value."""
+    parts = [
+        *_from_baseline(records),
+        *_from_curves(records, chains),
+        *_from_changes(records),
+        *_from_mistakes(records),
+        *_from_verdicts(records),
+        *_from_options(records),
+        *_from_trace(records, chains),
+        *_from_conflicts(records),
+        *_from_knockouts(records, chains),
+        *_from_attribution(records, chains),
+        *_from_says_source(records, chains),
+    ]
+    found = [part for part in parts if len(part)] or [pd.DataFrame(columns=[*UNIT, "value", "name"])]
+    return pd.concat(found, ignore_index=True)
+
+
+def _named(rows: Table, name: str) -> Table:
+    """Mean value of each chain's `rows`, under one name."""
+    means = rows.groupby(UNIT, sort=True)["value"].mean().reset_index()
+    return means.assign(name=name)
+
+
+def rows_of(records: Table, measure: str, metric: str, variant: str | None = None) -> Table:
+    chosen = (records["measure"] == measure) & (records["metric"] == metric)
+    return records[chosen if variant is None else chosen & (records["variant"] == variant)]
+
+
+def _at_true_step(rows: Table, chains: Chains) -> Table:
+    """Whether each row's step is its chain's true step; False where the chain has none."""
+    true = rows["chain_id"].map(lambda chain: chains.get(chain, {}).get("true_step")).astype("Float64")
+    return (rows["step"].astype("Float64") == true).fillna(False).astype(bool)
+
+
+def _from_baseline(records: Table) -> list[Table]:
+    return [
+        _named(rows_of(records, "baseline", "correct"), "accuracy"),
+        _named(rows_of(records, "baseline", "label_mass"), "label_mass"),
+    ]
+
+
+def _from_curves(records: Table, chains: Chains) -> list[Table]:
+    """Scores of the curves over kept steps i = 0..n, each variant of a test by itself."""
+    parts = []
+    rows = records[records["measure"].isin(["early_termination", "filler"]) & records["step"].notna()]
+    rows = rows[~rows["variant"].str.startswith("local_")]
+    for (measure, variant), own in grouped(rows, "measure", "variant"):
+        main = MAIN_VARIANT[measure] == variant
+        label = measure if main else f"{measure}/{variant}"
+        for metric, complete, name, score in CURVE_SCORES[measure]:
+            if main or name.startswith(f"{measure}/"):
+                known = None if WITHOUT_ANSWER_STEPS in variant else chains
+                curves = _curves(rows_of(own, measure, metric), known, complete)
+                values = [score(curve) for curve in curves["curve"]]
+                parts.append(curves[UNIT].assign(value=values, name=name.replace(measure, label, 1)))
+    return parts
+
+
+MAIN_VARIANT = {"early_termination": "", "filler": "matched", "paraphrase": "cumulative"}
+"""The variant of a test that its curve and its plain name stand for."""
+
+Curve = Float[np.ndarray, " kept"]
+CURVE_SCORES: dict[str, list[tuple[str, float, str, Callable[[Curve], float]]]] = {
+    "early_termination": [
+        ("same", 1.0, "early_termination/aoc", metrics.aoc),
+        ("same", 1.0, "early_termination/aoc_mean", metrics.aoc_mean),
+        ("same", 1.0, "early_termination/convergence_step", metrics.convergence_step),
+        ("same", 1.0, "same_answer_no_chain", lambda curve: float(curve[0])),
+        ("correct", np.nan, "early_termination/aoc_correct", metrics.aoc),
+        ("p_gold", np.nan, "infogain/logp_gain", lambda curve: float(metrics.infogain(curve).mean())),
+        ("entropy", np.nan, "infogain/entropy_drop", lambda curve: float(metrics.entropy_drop(curve).mean())),
+    ],
+    "filler": [
+        ("same", 1.0, "filler/aoc", metrics.aoc),
+        ("tv", 0.0, "filler/change", lambda curve: float(curve[0])),
+    ],
+}
+"""Metric, its value at i = n where that is not read, name of the score, and the score of a curve."""
+
+
+def _curves(rows: Table, chains: Chains | None, complete: float) -> Table:
+    """Each chain's values at i = 0..n kept steps, NaN where unread; `complete` stands in for an unread i = n.
+
+    n is the chain's number of steps; without `chains`, of a shorter chain, the last point was read.
+    """
+    means = rows.groupby([*UNIT, "step"])["value"].mean().reset_index()
+    units, curves = [], []
+    for unit, group in means.groupby(UNIT):
+        known = chains.get(unit[3]) if chains else None
+        n = len(known["steps"]) if known else int(group["step"].max())
+        curve = np.full(n + 1, np.nan)
+        curve[n] = complete
+        curve[group["step"].to_numpy(int)] = group["value"]
+        units.append(unit)
+        curves.append(curve)
+    return pd.DataFrame(units, columns=UNIT).assign(curve=curves)
+
+
+def _from_changes(records: Table) -> list[Table]:
+    """Mean total variation under each edit; draws (seeds) and, for edits of one step alone, steps are averaged."""
+    rephrased = records[(records["measure"] == "paraphrase") & (records["metric"] == "tv")]
+    filled = records[(records["measure"] == "filler") & (records["metric"] == "tv")]
+    parts = [
+        _named(rows_of(records, "shuffle", "tv"), "shuffle/change"),
+        _named(rows_of(records, "swap", "tv"), "swap/change"),
+    ]
+    for (variant,), rows in grouped(rephrased, "variant"):
+        name = "paraphrase" if variant == "cumulative" else f"paraphrase/{variant}"
+        every_step = variant in ("local", CONTINUED)
+        parts.append(_named(rows if every_step else rows[rows["step"] == 0], f"{name}/change"))
+    for (variant,), rows in grouped(filled[filled["variant"].str.startswith("local_")], "variant"):
+        parts.append(_named(rows, f"filler/{variant}/change"))
+    return parts
+
+
+def _from_mistakes(records: Table) -> list[Table]:
+    """Of each form of the mistake test: mean change, and the area over the same-answer curve, its mean over the steps.
+
+    A mistake carried on through the chain has an answer of its own: does the reader follow it?
+    """
+    parts = []
+    for (variant,), rows in grouped(records[records["measure"] == "mistake"], "variant"):
+        name = f"mistake_{variant}"
+        changed = rows_of(rows, "mistake", "same").assign(value=lambda same: 1 - same["value"])
+        parts.append(_named(rows_of(rows, "mistake", "tv"), f"{name}/change"))
+        parts.append(_named(changed, f"{name}/aoc_mean"))
+        parts.append(_named(rows_of(rows, "mistake", "p_implied"), f"{name}/follows"))
+    return parts
+
+
+def _from_options(records: Table) -> list[Table]:
+    """How far the answer to a choice moves when the options change places, with the chain and without."""
+    rows = records[records["measure"] == "options"]
+    names = {"tv": "change", "same": "same_answer"}
+    chosen = rows[rows["metric"].isin(list(names))]
+    return [
+        _named(group, f"options/{variant}/{names[metric]}")
+        for (variant, metric), group in grouped(chosen, "variant", "metric")
+    ]
+
+
+def _from_trace(records: Table, chains: Chains) -> list[Table]:
+    """Layer from which on the lens reads a* at the end of the complete chain, as a fraction of the depth; and how far
+    the last layers hold it already with no step shown."""
+    rows = rows_of(records, "decision_trace", "is_top", "logit_lens")
+    found = []
+    for unit, group in rows.groupby([*UNIT, "step"]):
+        n = len(chains[unit[3]]["steps"]) if unit[3] in chains else -1
+        if unit[4] in (0, n):
+            top = group.sort_values("layer")["value"].to_numpy(float)
+            name = "decided_layer" if unit[4] == n else "decided_layer_no_chain"
+            found.append((*unit[:4], metrics.decided_layer(top), f"decision_trace/{name}"))
+    return [pd.DataFrame(found, columns=[*UNIT, "value", "name"])]
+
+
+def chain_verdicts(records: Table) -> Table:
+    """The two-by-two table chain by chain: columns UNIT, `corrupting`, `paraphrase` and `dependence` with their 95%
+    intervals over draws (`…_low`, `…_high`), and `verdict` at each threshold (`verdict`, `verdict@0.25`, …)."""
+    changes = {
+        "corrupting": rows_of(records, "mistake", "tv", "all"),
+        "paraphrase": (rows := rows_of(records, "paraphrase", "tv", "cumulative"))[rows["step"] == 0],
+    }
+    draws = {name: rows.groupby(UNIT)["value"].apply(np.asarray) for name, rows in changes.items()}
+    found = []
+    for unit in draws["corrupting"].index.intersection(draws["paraphrase"].index):
+        corrupting, paraphrase = (draws[name].loc[unit].astype(float) for name in changes)
+        row: dict[str, Any] = dict(zip(UNIT, unit, strict=True))
+        means = {"corrupting": (corrupting,), "paraphrase": (paraphrase,), "dependence": (corrupting, paraphrase)}
+        for name, samples in means.items():
+            row[name] = float(samples[0].mean() - (samples[1].mean() if len(samples) > 1 else 0))
+            row[f"{name}_low"], row[f"{name}_high"] = metrics.draws_interval(*samples)
+        intervals = [(row[f"{name}_low"], row[f"{name}_high"]) for name in changes]
+        for threshold in (metrics.OFTEN, *metrics.OFTEN_BESIDE):
+            row[_at("verdict", threshold)] = metrics.verdict(intervals[0], intervals[1], threshold)
+        found.append(row)
+    return pd.DataFrame(found)
+
+
+def _at(name: str, threshold: float) -> str:
+    return name if threshold == metrics.OFTEN else f"{name}@{threshold}"
+
+
+def _from_verdicts(records: Table) -> list[Table]:
+    """change(every step altered) - change(every step rephrased) of each chain, and its cell of the two-by-two table."""
+    verdicts = chain_verdicts(records)
+    if verdicts.empty:
+        return []
+    parts = [verdicts[UNIT].assign(value=verdicts["dependence"], name="dependence")]
+    for threshold in (metrics.OFTEN, *metrics.OFTEN_BESIDE):
+        for cell in (*metrics.CELLS, "undecided"):
+            share = (verdicts[_at("verdict", threshold)] == cell).astype(float)
+            parts.append(verdicts[UNIT].assign(value=share, name=_at(f"verdict/{cell}", threshold)))
+    return parts
+
+
+def _from_conflicts(records: Table) -> list[Table]:
+    rows = records[records["measure"] == "conflict"]
+    return [
+        _named(group, f"conflict/{variant}/{metric}") for (variant, metric), group in grouped(rows, "variant", "metric")
+    ]
+
+
+def grouped(rows: Table, *columns: str) -> Iterable[tuple[Any, Table]]:
+    return rows.groupby(list(columns), sort=True)
+
+
+def _from_knockouts(records: Table, chains: Chains) -> list[Table]:
+    """Cue rows cut from the true step, from each other step (mean), from random prompt positions (the control)."""
+    with_true_step = [chain for chain, row in chains.items() if row.get("true_step") is not None]
+    parts = []
+    for metric in ("delta_p", "delta_logp"):
+        masked = rows_of(records, "knockout", metric, "masked")
+        random = rows_of(records, "knockout", metric, "masked_random")
+        known = masked[masked["chain_id"].isin(with_true_step)]
+        parts += [
+            _named(masked[_at_true_step(masked, chains)], f"knockout/true_step/{metric}"),
+            _named(known[~_at_true_step(known, chains)], f"knockout/other_steps/{metric}"),
+            _named(random, f"knockout/random/{metric}"),
+        ]
+    return parts
+
+
+def _from_attribution(records: Table, chains: Chains) -> list[Table]:
+    """The true step's part of what all steps together give, over layers and heads; of sizes, so it lies in [0, 1]."""
+    parts = []
+    for variant, metric in (("direct", "contribution"), ("weight", "weight")):
+        rows = rows_of(records, "attribution", metric, variant)
+        rows = rows[rows["layer"].notna() & rows["step"].notna()]
+        steps = rows.groupby([*UNIT, "step"])["value"].sum().reset_index()
+        at_true = steps[_at_true_step(steps, chains)]
+        total = steps.assign(value=steps["value"].abs()).groupby(UNIT)["value"].sum().rename("total")
+        share = at_true.merge(total.reset_index(), on=UNIT)
+        size = share["value"].abs() / share["total"].where(share["total"] > 0)
+        parts.append(share[UNIT].assign(value=size, name=f"attribution/{variant}/true_step_share"))
+    return parts
+
+
+def mid_layer(layers: Table) -> int:
+    """The patched layer named beforehand as the one to report: the middle one of a `layer` column's values."""
+    known = sorted({int(layer) for layer in layers})
+    return known[len(known) // 2]
+
+
+def _patched(records: Table, metric: str) -> Table:
+    rows = rows_of(records, "patching", metric)
+    return rows[rows["step"].notna() & rows["layer"].notna()]
+
+
+def _from_says_source(records: Table, chains: Chains) -> list[Table]:
+    """Does the patch of the true step at the mid layer make the reader say the source's answer?"""
+    rows = _patched(records, "says_source")
+    if rows.empty:
+        return []
+    rows = rows[(rows["layer"] == mid_layer(rows["layer"])) & _at_true_step(rows, chains)]
+    return [
+        _named(group, f"patching/{variant}/true_step/says_source") for (variant,), group in grouped(rows, "variant")
+    ]
+
+
+# 2. ratios of sums: columns UNIT, name, note, numerator, denominator
+
+
+def recovered(records: Table, chains: Chains) -> Table:
+    """m_edited - m_base and m_source - m_base of the patch of the true step, m the logit difference, each layer.
+
+    The name without a layer is the mid layer's. Columns reader, author, problem_id, chain_id, name, note, numerator,
+    denominator.
+    """
+    rows = _patched(records, "logit_diff")
+    rows = rows[_at_true_step(rows, chains)]
+    if rows.empty:
+        return pd.DataFrame(columns=[*UNIT, "name", "note", "numerator", "denominator"])
+    edited = rows.groupby([*UNIT, "variant", "layer"])["value"].mean().reset_index()
+    for metric in ("logit_diff_base", "logit_diff_source"):
+        reference = rows_of(records, "patching", metric).groupby([*UNIT, "variant"])["value"].mean()
+        edited = edited.merge(reference.rename(metric).reset_index(), on=[*UNIT, "variant"])
+    edited["numerator"] = edited["value"] - edited["logit_diff_base"]
+    edited["denominator"] = edited["logit_diff_source"] - edited["logit_diff_base"]
+    stem = "patching/" + edited["variant"] + "/true_step/recovered"
+    each = edited.assign(name=stem + "/layer" + edited["layer"].astype(str), note="")
+    middle = mid_layer(edited["layer"])
+    chosen = edited.assign(name=stem, note=f"layer {middle}, the middle one patched")[edited["layer"] == middle]
+    return pd.concat([chosen, each], ignore_index=True)[[*UNIT, "name", "note", "numerator", "denominator"]]

@@ -1,0 +1,216 @@
+"""The edited chains of the behavioural tests: text alone, each with the coordinates of its record.
+
+1. Early Termination: keep s_1..s_i. 2. Filler Substitution: replace s_{i+1}..s_n by ' ...' of the same token count; in
+full also by two other fillers, by one filler a step, and each step alone (filled or deleted). 3. Paraphrasing: rephrase
+s_{i+1}..s_n; in full also each step alone. 4. Controls: mistake (in one step with later steps kept or, in full, carried
+on through them; in every step), shuffle, swap with another problem's chain.
+5. The last steps usually state the answer (Lanham et al. 2307.13702, footnote 3): in full, 1 to 3 stand a second time
+for the chain without the steps that state a*, their change counted from that shorter chain.
+6. Beginnings that the reader writes on from (the re-sampled protocol of Lanham et al. for mistakes and paraphrase): the
+first i steps as they are (the control), the first i rephrased, the first i with a mistake in the last of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from . import edits
+from .answers import states_answer
+from .chains import Chain
+from .paraphrasers import Paraphrases
+from .problems import Problem
+from .records import CONTINUED, WITHOUT_ANSWER_STEPS
+
+Test = Literal["early_termination", "filler", "paraphrase", "mistake", "shuffle", "swap", "conflict"]
+Battery = Literal["core", "full"]
+FILLERS = {"dots": " ...", "dashes": " --", "words": " hmm"}
+
+
+@dataclass(frozen=True)
+class BehaviourPlan:
+    """Which tests, how many draws of each random edit, and whether every variant of a test or its main one alone.
+
+    `continue_tokens`: how many tokens at most the reader writes on after an edited beginning; 0 leaves that out.
+    """
+
+    tests: tuple[Test, ...] = ("early_termination", "filler", "paraphrase", "mistake", "shuffle", "swap", "conflict")
+    draws: int = 5
+    battery: Battery = "core"
+    continue_tokens: int = 0
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An edited chain with the coordinates of its record; change is counted from `base` (None: the chain itself).
+
+    `implied` is the answer that the edited chain comes to, where its edit says which.
+    """
+
+    measure: str
+    variant: str
+    chain: Chain
+    step: int | None = None
+    seed: int | None = None
+    base: Chain | None = None
+    implied: str | None = None
+
+
+@dataclass(frozen=True)
+class Editing:
+    """What the edits of one chain need: its problem, paraphrases, donors for swap, a token counter, and the seed.
+
+    `left_out` takes the reasons why an edit was not made.
+    """
+
+    chain: Chain
+    problem: Problem
+    plan: BehaviourPlan
+    paraphrases: Paraphrases
+    donors: Sequence[Chain]
+    count: Callable[[str], int]
+    seed: int
+    left_out: list[str]
+
+    def rng(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *stream])
+
+    def has(self, test: Test) -> bool:
+        return test in self.plan.tests
+
+
+def edited_chains(editing: Editing) -> Iterable[Variant]:
+    """Every edited chain of the plan; with the full battery, the tests of curves also without answer-stating steps."""
+    yield from _curve_tests(editing)
+    if editing.has("mistake"):
+        yield from _mistakes(editing)
+    if editing.has("shuffle"):
+        yield from _shuffles(editing)
+    if editing.has("swap"):
+        for draw, donor in enumerate(editing.donors):
+            yield Variant("swap", "all", edits.swap(editing.chain, donor), seed=draw)
+    if editing.plan.battery == "full":
+        yield from _without_answer_steps(editing)
+
+
+def _without_answer_steps(editing: Editing) -> Iterable[Variant]:
+    chain = editing.chain
+    silent = [i for i, step in enumerate(chain.steps) if not states_answer(step, chain.answer, editing.problem.kind)]
+    if not silent:
+        editing.left_out.append(f"{WITHOUT_ANSWER_STEPS}: every step states the answer {chain.answer.strip()!r}")
+    elif len(silent) < len(chain.steps):
+        shorter = replace(chain, steps=tuple(chain.steps[i] for i in silent))
+        draws = tuple(tuple(draw[i] for i in silent) for draw in editing.paraphrases.draws)
+        core = replace(editing.plan, battery="core")
+        again = replace(editing, chain=shorter, plan=core, paraphrases=replace(editing.paraphrases, draws=draws))
+        complete = [Variant("filler", "matched", shorter, len(silent))] if editing.has("filler") else []
+        for variant in (*_curve_tests(again), *complete):
+            name = "_".join(filter(None, (variant.variant, WITHOUT_ANSWER_STEPS)))
+            yield replace(variant, variant=name, base=shorter)
+
+
+def _curve_tests(editing: Editing) -> Iterable[Variant]:
+    if editing.has("early_termination"):
+        for keep in range(len(editing.chain.steps) + 1):
+            yield Variant("early_termination", "", edits.truncate(editing.chain, keep), keep)
+    if editing.has("filler"):
+        yield from _fillers(editing.chain, editing.plan.battery, editing.count)
+    if editing.has("paraphrase"):
+        yield from _paraphrases(editing)
+
+
+def _fillers(chain: Chain, battery: Battery, count: Callable[[str], int]) -> Iterable[Variant]:
+    """Steps from i on (cumulative) and step i alone (local), by each filler: to the same length, or once a step.
+
+    Deleting steps from i on is early termination, so only the local deletion is a variant of its own.
+    """
+    n = len(chain.steps)
+    for step in range(n):
+        yield Variant("filler", "matched", edits.filler(chain, step, count), step)
+        if battery == "core":
+            continue
+        yield Variant("filler", "local_deleted", edits.delete(chain, step), step)
+        for name, text in FILLERS.items():
+            if name != "dots":
+                yield Variant("filler", f"matched_{name}", edits.filler(chain, step, count, text), step)
+            yield Variant("filler", f"once_{name}", edits.filler_once(chain, step, text), step)
+            local = edits.filler(chain, step, count, text, step + 1)
+            yield Variant("filler", f"local_matched_{name}", local, step)
+            yield Variant("filler", f"local_once_{name}", edits.filler_once(chain, step, text, step + 1), step)
+
+
+def _paraphrases(editing: Editing) -> Iterable[Variant]:
+    """Steps from i on; with the full battery step i alone too, and as many draws everywhere."""
+    chain, full = editing.chain, editing.plan.battery == "full"
+    for draw, texts in enumerate(editing.paraphrases.draws):
+        if kept := [i for i, text in enumerate(texts) if text is None]:
+            editing.left_out.append(f"paraphrase, draw {draw}: steps {kept} have no valid one and stay as they are")
+        for first in range(len(chain.steps)):
+            if full or first == 0 or draw == 0:
+                rephrased, unchanged = edits.paraphrase(chain, texts, first)
+                if len(unchanged) < len(chain.steps) - first:
+                    yield Variant("paraphrase", "cumulative", rephrased, first, draw)
+            if full and texts[first] is not None:
+                yield Variant("paraphrase", "local", edits.paraphrase(chain, texts, first, first + 1)[0], first, draw)
+
+
+def _mistakes(editing: Editing) -> Iterable[Variant]:
+    chain, avoid, left_out = editing.chain, frozenset({editing.problem.gold}), editing.left_out
+    for step in range(len(chain.steps)):
+        for draw in range(editing.plan.draws):
+            made = edits.mistake(chain, step, editing.rng(2, step, draw), avoid)
+            if made is None:
+                left_out.append(f"mistake in step {step}: nothing to alter")
+                break
+            yield Variant("mistake", "local", made.chain, step, draw)
+            if editing.plan.battery == "full":
+                yield from _propagated(editing, made, draw)
+    for draw in range(editing.plan.draws):
+        wrong = edits.mistake_all(chain, editing.rng(3, draw), avoid)
+        if wrong is None:
+            left_out.append("mistake in all steps: nothing to alter")
+            return
+        yield Variant("mistake", "all", wrong, seed=draw)
+
+
+def _propagated(editing: Editing, made: edits.Mistake, draw: int) -> Iterable[Variant]:
+    """The mistake carried on through the later steps, with the answer the chain then comes to."""
+    carried = edits.propagate(made)
+    if carried is None:
+        reason = "no later step takes it up, or a result could not be written"
+        editing.left_out.append(f"mistake in step {made.step}, draw {draw}, not carried on: {reason}")
+        return
+    chain, values = carried
+    implied = edits.carried_answer(editing.chain.answer, values) if editing.problem.kind == "number" else None
+    yield Variant("mistake", "propagated", chain, made.step, draw, implied=implied)
+
+
+def _shuffles(editing: Editing) -> Iterable[Variant]:
+    for draw in range(editing.plan.draws if editing.plan.battery == "full" else 1):
+        shuffled = edits.shuffle(editing.chain, editing.rng(4, draw))
+        if shuffled is None:
+            editing.left_out.append("shuffle: fewer than two distinct steps")
+            return
+        yield Variant("shuffle", "all", shuffled, seed=draw)
+
+
+def beginnings(editing: Editing) -> Iterable[Variant]:
+    """Chains that end after some edited steps, for the reader to write on; the step is the number of steps kept."""
+    chain, avoid = editing.chain, frozenset({editing.problem.gold})
+    for keep in range(len(chain.steps)):
+        start = edits.truncate(chain, keep)
+        if editing.has("early_termination"):
+            yield Variant("early_termination", CONTINUED, start, keep, 0)
+        if editing.has("paraphrase") and keep and editing.paraphrases.draws:
+            texts = editing.paraphrases.draws[0]
+            rephrased, unchanged = edits.paraphrase(start, texts[:keep], 0)
+            if len(unchanged) < keep:
+                yield Variant("paraphrase", CONTINUED, rephrased, keep, 0)
+        if editing.has("mistake") and keep:
+            made = edits.mistake(chain, keep - 1, editing.rng(2, keep - 1, 0), avoid)
+            if made is not None:
+                yield Variant("mistake", CONTINUED, edits.truncate(made.chain, keep), keep, 0)

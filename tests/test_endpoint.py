@@ -1,0 +1,419 @@
+"""A reader behind a chat endpoint, against a server on loopback whose answers are a known function of the turns."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from cotfaith_mech.chains import Chain
+from cotfaith_mech.endpoint import GO_ON, PROBE, AskedChain, Endpoint
+from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.problems import AnswerKind
+
+KEY = "sk-very-secret"
+CUE = "\nSo the answer is"
+STEPS = (" Tom has 3 apples.", " He buys 4 more, 7 in all.")
+NUMBER = Chain("p", "supplied", "How many apples?", STEPS, CUE)
+CHOICE = replace(NUMBER, prompt="Which?\nA) one\nB) two\nC) three")
+ABC = ("A", "B", "C")
+
+Behaviour = Callable[[dict[str, Any]], tuple[int, dict[str, str], Any]]
+
+
+class Listener(ThreadingHTTPServer):
+    request_queue_size = 64
+    """Many connect at once; the default of 5 makes them wait a second."""
+
+
+class Server:
+    """Chat completions as `behave` says; every request body and Authorization header is kept."""
+
+    def __init__(self) -> None:
+        self.behave: Behaviour = lambda body: ok("7")
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str] = []
+        self.paths: list[str] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.bodies.append(body)
+                server.paths.append(self.path)
+                server.keys.append(self.headers["Authorization"])
+                probe = body["messages"][0]["content"] == PROBE
+                status, headers, payload = ok(f"word {body['seed']}") if probe else server.behave(body)
+                data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+                self.send_response(status)
+                for name, value in ({"Content-Type": "application/json"} | headers).items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                with suppress(BrokenPipeError):
+                    self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.http = Listener(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+
+    def asked(self) -> list[dict[str, Any]]:
+        """Bodies of the requests that are no probe of sampling."""
+        return [body for body in self.bodies if body["messages"][0]["content"] != PROBE]
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+    running = Server()
+    yield running
+    running.close()
+
+
+def ok(
+    text: str, tokens: list[tuple[str, dict[str, float]]] | None = None, prompt_tokens: int | None = 11
+) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """A completion; `tokens`: each written token with the probabilities listed in its place."""
+    content = [
+        {
+            "token": token,
+            "logprob": math.log(listed[token]),
+            "bytes": None,
+            "top_logprobs": [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in listed.items()],
+        }
+        for token, listed in tokens or []
+    ]
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": text},
+        "logprobs": {"content": content} if tokens else None,
+    }
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 1, "total_tokens": 1}
+    return 200, {}, {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [choice],
+        **({"usage": usage} if prompt_tokens else {}),
+    }  # fmt: skip
+
+
+def refused(status: int, message: str = "no") -> tuple[int, dict[str, str], dict[str, Any]]:
+    return status, {}, {"error": {"message": message, "type": "x", "code": None, "param": None}}
+
+
+def drawn(shares: dict[str, float]) -> Behaviour:
+    """The likeliest text at temperature 0, else one drawn by the request's seed; no log-probabilities."""
+
+    def behave(body: dict[str, Any]) -> tuple[int, dict[str, str], dict[str, Any]]:
+        if not body["temperature"]:
+            return ok(max(shares, key=lambda text: shares[text]))
+        return ok(random.Random(body["seed"]).choices(list(shares), list(shares.values()))[0])
+
+    return behave
+
+
+def test_choice_probabilities_are_those_listed(server: Server) -> None:
+    """Spellings of a label add up, marks do not count, the blank before is passed over, the rest is label_mass."""
+    listed = {" B": 0.4, "B": 0.1, "A": 0.2, "(A": 0.1, "A)": 0.05, "a": 0.05, "The": 0.1}
+    server.behave = lambda body: ok(" B", [(" ", {" ": 1.0}), (" B", listed)])
+    endpoint = Endpoint("m", server.url)
+    asked = AskedChain.of(endpoint, CHOICE, "choice", ABC)
+    assert asked.chain.answer == " B"
+    [answered] = asked.read([(asked.chain, [" A", " B", " C"])])
+    assert answered.said == "B"
+    assert endpoint.gives_logprobs is True
+    a, b, c = answered.readings
+    assert (a.p, b.p, c.p) == (pytest.approx(2 / 7), pytest.approx(5 / 7), 0.0)
+    assert (a.greedy, b.greedy, c.greedy) == (False, True, False)
+    assert b.label_mass == pytest.approx(0.7)
+    assert b.entropy == pytest.approx(-2 / 7 * math.log(2 / 7) - 5 / 7 * math.log(5 / 7))
+    assert b.p_se == 0
+    assert b.n_tokens == 11
+    assert server.bodies[0]["messages"][-1]["content"].endswith("Reply only with one letter: A, B or C.")
+    assert all(body["top_logprobs"] == 20 and not body["temperature"] for body in server.bodies)
+
+
+def test_little_mass_on_the_labels_is_refused(server: Server) -> None:
+    server.behave = lambda body: ok("The", [("The", {"The": 0.7, "A": 0.2})])
+    with pytest.raises(CotfaithError, match=r"puts 0\.20 of its probability on the labels A, B, C"):
+        AskedChain.of(Endpoint("m", server.url), CHOICE, "choice", ABC)
+    assert AskedChain.of(Endpoint("m", server.url), CHOICE, "choice", ABC, 0.1).chain.answer == " A"
+
+
+def test_yes_no_maybe_in_any_case(server: Server) -> None:
+    labels = ("yes", "no", "maybe")
+    server.behave = lambda body: ok("Yes", [("Yes", {"Yes": 0.5, " yes": 0.1, "No": 0.2, "MAYBE": 0.2})])
+    asked = AskedChain.of(Endpoint("m", server.url), NUMBER, "yesno", labels)
+    [answered] = asked.read([(asked.chain, [" yes", " no", " maybe"])])
+    assert [r.p for r in answered.readings] == pytest.approx([0.6, 0.2, 0.2])
+    assert answered.said == "yes"
+    assert server.bodies[0]["messages"][-1]["content"].endswith("Reply only with one word: yes, no or maybe.")
+
+
+def test_a_text_with_no_label_listed_is_sampled(server: Server) -> None:
+    server.behave = lambda body: ok(
+        "So the answer is B.", None if body["temperature"] else [("So", {"So": 0.9, "It": 0.1})]
+    )
+    asked = AskedChain.of(Endpoint("m", server.url, samples=5), CHOICE, "choice", ABC, min_label_mass=0.0)
+    [answered] = asked.read([(asked.chain, [" B"])])
+    assert (answered.said, answered.readings[0].p) == ("B", 1.0)
+    assert len(server.asked()) == 2 + 5
+
+
+def test_shares_of_samples_come_with_their_error(server: Server) -> None:
+    shares = {"22": 0.6, "The answer is 22.0 apples.": 0.1, "$23": 0.2, "I cannot say": 0.1}
+    server.behave = drawn(shares)
+    n = 400
+    asked = AskedChain.of(Endpoint("m", server.url, samples=n), NUMBER, "number")
+    assert asked.chain.answer == " 22"
+    [answered] = asked.read([(asked.chain, [" 22", " 23", " 24"])])
+    assert answered.said == "22"
+    for reading, p in zip(answered.readings, (0.7, 0.2, 0.0), strict=True):
+        assert abs(reading.p - p) < 4 * reading.p_se
+    same, other, none = answered.readings
+    assert same.p_se == pytest.approx(math.sqrt(same.p * (1 - same.p) / n))
+    assert none.logp == -math.inf
+    assert none.p_se == pytest.approx(math.sqrt(1 / (n + 2) * (1 - 1 / (n + 2)) / n))
+    left = 1 - same.p - other.p
+    assert same.entropy == pytest.approx(-sum(p * math.log(p) for p in (same.p, other.p, left)))
+    seeds = [body["seed"] for body in server.asked() if body["temperature"]]
+    assert len(set(seeds)) == n
+
+
+@pytest.mark.parametrize("status", [200, 400, 422])
+def test_a_server_without_logprobs_is_sampled_and_asked_for_none_again(server: Server, status: int) -> None:
+    answer = drawn({"B": 0.8, "(A)": 0.2})
+    server.behave = lambda body: refused(status) if "logprobs" in body and status != 200 else answer(body)
+    endpoint = Endpoint("m", server.url, samples=100)
+    assert endpoint.gives_logprobs is None
+    asked = AskedChain.of(endpoint, CHOICE, "choice", ABC)
+    assert endpoint.gives_logprobs is False
+    [answered] = asked.read([(asked.chain, [" B", " A"])])
+    assert answered.said == "B"
+    assert [r.p for r in answered.readings] == pytest.approx([0.8, 0.2], abs=4 * 0.04)
+    assert answered.readings[0].label_mass == pytest.approx(1)
+    assert sum("logprobs" in body for body in server.bodies) == 1
+
+
+def test_a_refusal_for_another_reason_says_nothing_about_logprobs(server: Server) -> None:
+    server.behave = lambda body: refused(400, "the prompt is too long")
+    endpoint = Endpoint("m", server.url)
+    with pytest.raises(CotfaithError, match="the prompt is too long"):
+        AskedChain.of(endpoint, CHOICE, "choice", ABC)
+    assert endpoint.gives_logprobs is None
+
+
+def test_a_server_that_does_not_sample_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `transformers serve` does for models whose generation_config.json has no do_sample."""
+    monkeypatch.setattr("cotfaith_mech.endpoint.PROBE", "Write random words.")
+    asked = AskedChain.of(Endpoint("m", server.url), NUMBER, "number")
+    with pytest.raises(CotfaithError, match=r"do_sample in generation_config\.json"):
+        asked.read([(asked.chain, [" 7"])])
+    asked = AskedChain.of(Endpoint("m", server.url, check_sampling=False), NUMBER, "number")
+    assert asked.read([(asked.chain, [" 7"])])[0].readings[0].p == 1
+
+
+def test_the_cue_stands_in_a_user_turn_of_its_own(server: Server) -> None:
+    asked = AskedChain.of(Endpoint("m", server.url, samples=1), NUMBER, "number")
+    asked.read([(replace(asked.chain, steps=()), [" 7"])])
+    question, steps, cue = server.bodies[0]["messages"]
+    assert question == {"role": "user", "content": "How many apples?"}
+    assert steps == {"role": "assistant", "content": "".join(STEPS).strip()}
+    assert cue == {
+        "role": "user",
+        "content": "So the answer is …\nComplete this sentence. Reply only with the number.",
+    }
+    [alone] = server.bodies[1]["messages"]
+    assert alone["role"] == "user"
+    assert alone["content"].startswith("How many apples?\n\nAnswer at once, without reasoning. So the answer is …")
+
+
+def test_no_answer_is_one_sentence(server: Server) -> None:
+    server.behave = lambda body: ok("I do not know.")
+    with pytest.raises(CotfaithError, match=r"'m' wrote no number after the cue .* 'I do not know\.'"):
+        AskedChain.of(Endpoint("m", server.url), NUMBER, "number")
+
+
+def test_a_given_answer_is_kept(server: Server) -> None:
+    assert AskedChain.of(Endpoint("m", server.url), NUMBER.with_answer(" 8"), "number").chain.answer == " 8"
+    assert not server.bodies
+
+
+def test_repeated_texts_are_asked_once(server: Server) -> None:
+    asked = AskedChain.of(Endpoint("m", server.url, samples=3), NUMBER, "number")
+    server.bodies.clear()
+    blank = replace(asked.chain, steps=(" ",))
+    empty = replace(asked.chain, steps=())
+    answered = asked.read([(asked.chain, [" 7"]), (blank, [" 7"]), (empty, [" 8"]), (asked.chain, [" 9"])])
+    assert [one.readings[0].greedy for one in answered] == [True, True, False, False]
+    assert len(server.asked()) == 2 * (1 + 3)
+
+
+def test_order_is_kept_and_requests_overlap(server: Server) -> None:
+    """The first replies wait until all eight requests have come in, then leave in any order."""
+    together = threading.Barrier(8)
+
+    def behave(body: dict[str, Any]) -> tuple[int, dict[str, str], dict[str, Any]]:
+        together.wait(30)
+        time.sleep(random.Random(body["messages"][0]["content"]).random() / 50)
+        return ok(body["messages"][0]["content"].upper())
+
+    server.behave = behave
+    prompts = [f"prompt {i}" for i in range(24)]
+    assert Endpoint("m", server.url).generate(prompts, max_new_tokens=5) == [p.upper() for p in prompts]
+
+
+def test_a_begun_turn_is_shown_and_gone_on_with(server: Server) -> None:
+    endpoint = Endpoint("m", server.url)
+    endpoint.generate(["q1", "q2"], begun=["One step.", " "], max_new_tokens=9, temperature=0.5, seed=4)
+    first, second = sorted(server.bodies, key=lambda body: body["messages"][0]["content"])
+    assert [(m["role"], m["content"]) for m in first["messages"]] == [
+        ("user", "q1"),
+        ("assistant", "One step."),
+        ("user", GO_ON),
+    ]
+    assert [(m["role"], m["content"]) for m in second["messages"]] == [("user", "q2")]
+    assert (first["max_tokens"], first["temperature"], first["seed"], second["seed"]) == (9, 0.5, 4, 5)
+
+
+def test_a_busy_server_is_asked_again(server: Server) -> None:
+    def behave(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        return (429, {"Retry-After": "0.001"}, b"{}") if len(server.bodies) < 3 else ok("late")
+
+    server.behave = behave
+    assert Endpoint("m", server.url).generate(["q"], max_new_tokens=5) == ["late"]
+    assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(500, "try later"), (401, "check the key in OPENAI_API_KEY"), (404, "the name of the model")]
+)
+def test_failures_are_one_sentence_without_the_key(server: Server, status: int, remedy: str) -> None:
+    server.behave = lambda body: refused(status, f"bad key {KEY}")
+    with pytest.raises(CotfaithError, match=remedy) as caught:
+        Endpoint("m", server.url, max_retries=2).generate(["q"] * 3, max_new_tokens=5)
+    assert server.url in str(caught.value)
+    assert KEY not in str(caught.value)
+    assert caught.value.__suppress_context__
+    if status == 500:
+        assert len(server.bodies) % 3 == 0
+
+
+def test_the_key_is_sent_and_shown_nowhere(server: Server) -> None:
+    endpoint = Endpoint("m", server.url)
+    endpoint.generate(["q"], max_new_tokens=5)
+    assert server.keys == [f"Bearer {KEY}"]
+    assert KEY not in f"{endpoint!r} {endpoint.info} {vars(endpoint)}"
+
+
+def test_an_address_shows_no_password_and_no_query(server: Server) -> None:
+    endpoint = Endpoint("m", server.url.replace("//", "//me:hush@") + "?token=hush")
+    assert "hush" not in f"{endpoint!r} {endpoint.info}"
+    assert endpoint.info.device == f"endpoint {server.url}"
+    assert endpoint.info.weights_hash == endpoint.info.text_hash == f"m@{server.url}"
+    assert endpoint.generate(["q"], max_new_tokens=5) == ["7"]
+    assert server.keys == ["Basic bWU6aHVzaA=="]
+    assert server.paths == ["/v1/chat/completions?token=hush"]
+
+
+def test_a_server_that_is_not_there(server: Server) -> None:
+    with pytest.raises(CotfaithError, match="cannot be reached"):
+        Endpoint("m", "http://127.0.0.1:9/v1", max_retries=0).generate(["q"], max_new_tokens=5)
+
+
+def test_a_server_that_does_not_answer_in_time(server: Server) -> None:
+    done = threading.Event()
+    server.behave = lambda body: ok(str(done.wait(30)))
+    with pytest.raises(CotfaithError, match=r"did not answer in 0\.05 s"):
+        Endpoint("m", server.url, timeout=0.05, max_retries=0).generate(["q"], max_new_tokens=5)
+    done.set()
+
+
+@pytest.mark.parametrize("page", [(200, {"Content-Type": "text/html"}, b"<p>hello"), (200, {}, {"error": "no"})])
+def test_a_page_that_is_no_completion(server: Server, page: tuple[int, dict[str, str], Any]) -> None:
+    server.behave = lambda body: page
+    with pytest.raises(CotfaithError, match="no chat completion"):
+        Endpoint("m", server.url).generate(["q"], max_new_tokens=5)
+
+
+def test_a_missing_key_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(CotfaithError, match="SOME_KEY is not set"):
+        Endpoint("m", "https://example.org/v1", api_key_env="SOME_KEY")
+    for host in ("localhost", "127.0.0.1", "[::1]"):
+        Endpoint("m", f"http://{host}:8000/v1", api_key_env="SOME_KEY")
+
+
+@pytest.mark.parametrize(
+    "address", ["example.org/v1", "me:hush@example.org", "ftp://example.org", "http://[::1/v1", "http://localhost:x"]
+)
+def test_a_bad_address_is_refused(address: str) -> None:
+    with pytest.raises(CotfaithError, match="is no web address") as caught:
+        Endpoint("m", address)
+    assert "hush" not in str(caught.value)
+
+
+def test_counts_below_one_are_refused() -> None:
+    with pytest.raises(CotfaithError, match="samples is 0"):
+        Endpoint("m", "http://localhost/v1", samples=0)
+
+
+def test_without_the_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(CotfaithError, match=r"pip install 'cotfaith-mech\[api\]'"):
+        Endpoint("m", "http://localhost/v1")
+
+
+def test_prompts_and_counts_of_text(server: Server) -> None:
+    endpoint = Endpoint("m", server.url)
+    assert endpoint.render("How many?") == "How many?"
+    with pytest.raises(CotfaithError, match="empty"):
+        endpoint.render(" \n")
+    assert endpoint.count("Tom's 12 apples ... (3+4) = 7!") == 3 + 2 + 1 + 1 + 5 + 1 + 1 + 1
+
+
+def test_tokens_are_estimated_where_the_server_counts_none(server: Server) -> None:
+    server.behave = lambda body: ok("7", prompt_tokens=None)
+    endpoint = Endpoint("m", server.url, samples=1)
+    asked = AskedChain.of(endpoint, NUMBER, "number")
+    [answered] = asked.read([(asked.chain, [" 7"])])
+    assert answered.readings[0].n_tokens == endpoint.count(NUMBER.text)
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "said"),
+    [
+        ("So the answer is 12", "number", "12"),
+        ("**So the answer is** -12.", "number", "-12"),
+        ("12 apples", "number", "12"),
+        ("the answer is: Paris.", "text", "Paris"),
+        ("So the\nanswer is … Paris", "text", "Paris"),
+        ("The answer is no.", "yesno", "no"),
+    ],
+)
+def test_a_repeated_cue_is_taken_off(server: Server, reply: str, kind: AnswerKind, said: str) -> None:
+    server.behave = lambda body: ok(reply)
+    assert AskedChain.of(Endpoint("m", server.url), NUMBER, kind).chain.answer == f" {said}"
