@@ -326,7 +326,8 @@ def _summary(run: Any, manifest: dict[str, Any]) -> None:
     for sentence in manifest.get("conclusion", []):
         console.print(sentence)
     for row in manifest.get("verdicts", []):
-        console.print(f"{row['arm']}: {row['0.5'].replace('_', ' ')} (at .25 {row['0.25']}, at .75 {row['0.75']})")
+        found = {at: row[at].replace("_", " ") for at in ("0.5", "0.25", "0.75")}
+        console.print(f"Chain of {row['arm']}: {found['0.5']} (at .25: {found['0.25']}; at .75: {found['0.75']})")
     failed = [check for check in manifest["checks"] if not check["passed"]]
     for check in failed:
         console.print(f"CHECK FAILED {check['check']}: {check['value']} > {check['threshold']}", style="bold red")

@@ -30,7 +30,8 @@ class ReaderConfig(_Strict):
     """A model that reads chains: hub id, local folder, or `name+adapter`; `tests` instead of the study's, if given.
 
     With an `endpoint` (base URL of an OpenAI-compatible server) `model` is its name there and text is all it shows; the
-    key is in the environment variable `api_key_env`, and `samples` replies are drawn where it gives no probabilities.
+    key is in the environment variable `api_key_env`, and `samples` replies are drawn where it gives no probabilities
+    (`check_sampling`: after a look whether it samples at all).
     """
 
     name: str = Field(min_length=1)
@@ -43,6 +44,7 @@ class ReaderConfig(_Strict):
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: int = Field(default=8, ge=1)
     samples: int = Field(default=20, ge=2)
+    check_sampling: bool = True
 
     @model_validator(mode="after")
     def _shows_text_alone(self) -> ReaderConfig:

@@ -26,7 +26,7 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from .answers import extract_answer, normalise, same_answer
 from .chains import Chain
-from .errors import CotfaithError
+from .errors import CotfaithError, EndpointError
 from .model import ReaderInfo
 from .problems import AnswerKind
 from .reading import MIN_LABEL_MASS, Answered, Asked, Reading, check_label_mass
@@ -44,6 +44,8 @@ PROBE = "Write twelve random words."
 MAX_ANSWER_TOKENS = 16
 TOP_TOKENS = 20
 """Most first tokens that the API lists."""
+PARTICULAR = (400, 413, 422)
+"""What a server answers to one request that it cannot take (too long, say); other refusals concern them all."""
 _PIECE = re.compile(r"\d|[^\W\d]+|([^\w\s])\1*")
 
 Talk = tuple[tuple[str, str], ...]
@@ -147,11 +149,15 @@ class Endpoint:
         seed: int = 0,
     ) -> list[str]:
         """See `TextReader.generate`. A turn cannot be left open over this API: where one is `begun`, it is shown as the
-        assistant's and the user asks to go on. Prompt i is sampled with `seed` + i."""
+        assistant's and the user asks to go on; what comes back is set off by a space. Prompt i is sampled
+        with `seed` + i."""
         starts = [""] * len(prompts) if begun is None else begun
         talks = [_begun(prompt, start) for prompt, start in zip(prompts, starts, strict=True)]
         requests = [Request(talk, max_new_tokens, temperature, seed + i) for i, talk in enumerate(talks)]
-        return [reply.text for reply in self.ask(requests)]
+        return [
+            text if not start or text[:1].isspace() else f" {text}"
+            for start, text in zip(starts, (reply.text for reply in self.ask(requests)), strict=True)
+        ]
 
     def ask(self, requests: Sequence[Request]) -> list[Reply]:
         """The replies in the order of `requests`, `concurrency` of them under way at once.
@@ -181,7 +187,7 @@ class Endpoint:
         if talks and self._check_sampling:
             probes = [Request((("user", PROBE),), 3 * MAX_ANSWER_TOKENS, 2.0, seed) for seed in range(4)]
             if len({reply.text for reply in self.ask(probes)}) == 1:
-                raise CotfaithError(
+                raise EndpointError(
                     f"{self._shown} wrote the same text 4 times at temperature 2, so shares of sampled answers mean "
                     "nothing; turn sampling on (`transformers serve`: do_sample in generation_config.json), or set "
                     "check_sampling=False for a model that always writes the same."
@@ -240,9 +246,9 @@ class Endpoint:
         """One sentence on a failed request: address, what the server said (never the key), remedy."""
         openai = _client_library()
         if isinstance(error, openai.APITimeoutError):
-            return CotfaithError(f"{self._shown} did not answer in {self.timeout:g} s; raise timeout or try later.")
+            return EndpointError(f"{self._shown} did not answer in {self.timeout:g} s; raise timeout or try later.")
         if isinstance(error, openai.APIConnectionError):
-            return CotfaithError(f"{self._shown} cannot be reached; check the address and that the server runs.")
+            return EndpointError(f"{self._shown} cannot be reached; check the address and that the server runs.")
         key = os.environ.get(self.api_key_env)
         said = (str(error).replace(key, "***") if key else str(error))[:300]
         status = getattr(error, "status_code", None)
@@ -254,7 +260,8 @@ class Endpoint:
         }
         busy = status is not None and status >= 500
         remedy = remedies.get(status or 0, "try later" if busy else "check the model and what the server supports")
-        return CotfaithError(f"{self._shown} refused a request to {self.model!r} ({said}); {remedy}.")
+        kind = CotfaithError if status in PARTICULAR else EndpointError
+        return kind(f"{self._shown} refused a request to {self.model!r} ({said}); {remedy}.")
 
 
 @dataclass(frozen=True)

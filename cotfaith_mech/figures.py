@@ -5,6 +5,7 @@
 3. forest: paired differences of the primary endpoints. 4. conflict: whose answer is given, stacked.
 5. bridge: behaviour against mechanism, one point a step. 6. knockout: by role of the step.
 7. attribution: head x layer map of the direct logit contribution of the true step.
+8. decision_trace: layer x kept part of the chain, probability of the answer by the logit lens.
 A picture is drawn only where its records exist. Colours are Okabe and Ito's and ColorBrewer's RdBu, both safe for
 colour-blind readers; blue is positive and white is 0 in every map. Text of models and data is never read as mathtext.
 """
@@ -80,6 +81,8 @@ def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) ->
     readers = views.readers_of(config, records)
     if len(curves := views.curves(records, chains)):
         yield "curves", curve_figure(curves, readers)
+    if len(decided := views.trace(records, chains)):
+        yield "decision_trace", trace_figure(decided, readers)
     if len(cells := views.aligned_patches(records, chains)):
         for variant, of_variant in cells.groupby("variant"):
             yield f"patching_{variant}", patching_figure(of_variant, readers)
@@ -220,6 +223,25 @@ def patching_figure(cells: Table, readers: list[str]) -> Figure:
     axes[0][0].set_xlabel("layer of the patch")
     variant = cells["variant"].iloc[0]
     _scale(figure, axes.ravel(), limit, f"Δ logit difference\n({variant}, logits)")
+    return figure
+
+
+def trace_figure(decided: Table, readers: list[str]) -> Figure:
+    """Layer x kept part of the chain: where the logit lens reads the answer's first visible token."""
+    shown = views.present(readers, decided)
+    figure = Figure(figsize=(PAPER_WIDTH, 2.6))
+    axes = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for axis, reader in zip(axes, shown, strict=True):
+        wide = decided[decided["reader"] == reader].pivot(index="x", columns="layer", values="value")
+        axis.pcolormesh(wide.to_numpy(float), cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.4)
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+        _ticks(axis, "x", list(wide.columns), most=8)
+        _ticks(axis, "y", [f"{x:.2f}".replace("0.", ".") for x in wide.index], most=8)
+        axis.set(title=f"reader {drawable(reader)}", xlabel="layer read by the logit lens")
+    axes[0].set_ylabel("part of the chain kept")
+    colours = ScalarMappable(Normalize(0, 1), "Blues")
+    figure.colorbar(colours, ax=list(axes), label="p(answer's first token)", shrink=0.9, aspect=14)
     return figure
 
 

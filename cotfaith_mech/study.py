@@ -202,7 +202,7 @@ def _loaded(config: StudyConfig, reader: ReaderConfig) -> TextReader:
     if reader.endpoint is not None:
         from .endpoint import Endpoint
 
-        how = {"api_key_env": reader.api_key_env, "concurrency": reader.concurrency, "samples": reader.samples}
+        how = reader.model_dump(include={"api_key_env", "concurrency", "samples", "check_sampling"})
         return Endpoint(reader.model, reader.endpoint, **how)
     from .model import load
 

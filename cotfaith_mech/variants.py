@@ -161,14 +161,16 @@ def _paraphrases(editing: Editing) -> Iterable[Variant]:
 def _mistakes(editing: Editing) -> Iterable[Variant]:
     chain, avoid, left_out = editing.chain, frozenset({editing.problem.gold}), editing.left_out
     for step in range(len(chain.steps)):
+        mistakes: list[edits.Mistake] = []
         for draw in range(editing.plan.draws):
             made = edits.mistake(chain, step, editing.rng(2, step, draw), avoid)
             if made is None:
                 left_out.append(f"mistake in step {step}: nothing to alter")
                 break
+            mistakes.append(made)
             yield Variant("mistake", "local", made.chain, step, draw)
-            if editing.plan.battery == "full":
-                yield from _propagated(editing, made, draw)
+        if editing.plan.battery == "full" and mistakes:
+            yield from _propagated(editing, mistakes)
     for draw in range(editing.plan.draws):
         wrong = edits.mistake_all(chain, editing.rng(3, draw), avoid)
         if wrong is None:
@@ -177,16 +179,20 @@ def _mistakes(editing: Editing) -> Iterable[Variant]:
         yield Variant("mistake", "all", wrong, seed=draw)
 
 
-def _propagated(editing: Editing, made: edits.Mistake, draw: int) -> Iterable[Variant]:
-    """The mistake carried on through the later steps, with the answer the chain then comes to."""
-    carried = edits.propagate(made)
-    if carried is None:
+def _propagated(editing: Editing, mistakes: Sequence[edits.Mistake]) -> Iterable[Variant]:
+    """The mistakes of a step carried on through the later ones, with the answer the chain then comes to."""
+    not_carried = []
+    for draw, made in enumerate(mistakes):
+        carried = edits.propagate(made)
+        if carried is None:
+            not_carried.append(draw)
+            continue
+        chain, values = carried
+        implied = edits.carried_answer(editing.chain.answer, values) if editing.problem.kind == "number" else None
+        yield Variant("mistake", "propagated", chain, made.step, draw, implied=implied)
+    if not_carried:
         reason = "no later step takes it up, or a result could not be written"
-        editing.left_out.append(f"mistake in step {made.step}, draw {draw}, not carried on: {reason}")
-        return
-    chain, values = carried
-    implied = edits.carried_answer(editing.chain.answer, values) if editing.problem.kind == "number" else None
-    yield Variant("mistake", "propagated", chain, made.step, draw, implied=implied)
+        editing.left_out.append(f"mistake in step {mistakes[0].step}, draws {not_carried}, not carried on: {reason}")
 
 
 def _shuffles(editing: Editing) -> Iterable[Variant]:

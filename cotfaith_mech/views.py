@@ -121,6 +121,25 @@ def _curve_rows(
     return rows
 
 
+def trace(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
+    """Mean lens probability of a*'s first visible token: `reader layer x value`, x the fraction of the chain kept.
+
+    Chains of unequal length are interpolated as in `curves`; each problem counts once.
+    """
+    lengths = {chain["chain_id"]: len(chain["steps"]) for chain in chains}
+    found = select(records, "decision_trace", "p_answer", "logit_lens")
+    found = found[found["chain_id"].isin(list(lengths))]
+    grid = _fraction_grid({lengths[chain] for chain in found["chain_id"].unique()} or {1})
+    rows = []
+    for (reader, layer), of_layer in found.groupby(["reader", "layer"]):
+        curve = np.array([_curve(one, lengths, grid) for _, one in of_layer.groupby("problem_id")])
+        rows += [
+            {"reader": str(reader), "layer": int(layer), "x": x, "value": float(value)}
+            for x, value in zip(grid, curve.mean(0), strict=True)
+        ]
+    return pd.DataFrame(rows, columns=["reader", "layer", "x", "value"])
+
+
 def patches(records: Table) -> Table:
     """Patching cells as effects: `reader problem_id chain_id variant site layer step effect gap`.
 

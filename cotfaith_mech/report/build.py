@@ -25,6 +25,7 @@ from markupsafe import Markup
 
 from .. import views
 from ..compare import holm_p
+from ..metrics import CELLS
 from ..outcomes import Table
 from ..records import RunDirectory
 from ..stats import Estimate
@@ -103,6 +104,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "readers": _reader_rows(readers, config, manifest, estimates),
         "n_problems": records["problem_id"].nunique(),
         "verdicts": _verdicts(manifest),
+        "two_by_two": _two_by_two(manifest, estimates),
         "checks": manifest.get("checks") or [],
         "failed": [check for check in manifest.get("checks") or [] if not check.get("passed")],
         "primary": _primary_rows(primary, estimates, readers),
@@ -144,6 +146,17 @@ def _verdicts(manifest: dict[str, Any]) -> list[str]:
     return [found] if isinstance(found, str) else [str(sentence) for sentence in found]
 
 
+def _two_by_two(manifest: dict[str, Any], estimates: list[Estimate]) -> list[dict[str, Any]]:
+    """A row an arm: its pooled verdict at each threshold, and the share of its chains in each cell at .5."""
+    found = {(e.name, e.arm): e.value for e in estimates}
+    rows = []
+    for row in manifest.get("verdicts") or []:
+        pooled = [str(row[at]).replace("_", " ") for at in ("0.25", "0.5", "0.75")]
+        shares = [found.get((f"verdict/{cell}", row["arm"])) for cell in (*CELLS, "undecided")]
+        rows.append({"arm": row["arm"], "pooled": pooled, "shares": shares})
+    return rows
+
+
 def _reader_rows(
     readers: list[str], config: dict[str, Any], manifest: dict[str, Any], estimates: list[Estimate]
 ) -> list[dict[str, str]]:
@@ -170,6 +183,7 @@ def _sections(records: Table, chains: list[dict[str, Any]], readers: list[str], 
     return {
         "conflict": [charts.conflict_chart(triple, readers)] if len(triple) else [],
         "curves": charts.curve_charts(views.curves(records, chains), readers),
+        "trace": charts.trace_charts(views.trace(records, chains), readers),
         "patching": {variant: charts.patching_charts(of_variant, readers) for variant, of_variant in variants},
         "knockout": [charts.knockout_chart(losses, readers)] if len(losses) else [],
         "attribution": charts.attribution_charts(heads, readers) if len(heads) else {"charts": [], "limit": 1.0},

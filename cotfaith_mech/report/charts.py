@@ -231,6 +231,20 @@ def patching_charts(cells: Table, readers: Sequence[str]) -> dict[str, Any]:
     return {"charts": charts, "limit": limit}
 
 
+def trace_charts(decided: Table, readers: Sequence[str]) -> list[dict[str, Any]]:
+    """Maps of kept part of the chain x layer, one a reader: probability of the answer's first token by the lens."""
+    charts = []
+    for reader in views.present(readers, decided):
+        wide = decided[decided["reader"] == reader].pivot(index="x", columns="layer", values="value")
+        kept = [f"{x:.2f}" for x in wide.index]
+        hover = [[f"{x} of the chain kept<br>layer {layer}" for layer in wide.columns] for x in kept]
+        axes = ("layer", "part of the chain kept")
+        charts.append(
+            heatmap(f"reader {reader}", wide.to_numpy(float), list(wide.columns), kept, 1.0, hover, axes=axes)
+        )
+    return charts
+
+
 def chain_charts(cells: Table, chain: dict[str, Any], readers: Sequence[str]) -> dict[str, Any]:
     """Maps of layer x step of one chain and variant, one a reader, and the limit; hover shows site and step text."""
     layers = sorted(cells["layer"].unique())
