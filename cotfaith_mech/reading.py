@@ -119,7 +119,7 @@ class Trunk:
     def _read_free(self, asked: Asked) -> list[Answered]:
         ending = self._ending()
         forced = [
-            [self._forced(variant, answer) for answer in (*answers, *self._drafts(variant))]
+            [_Forced(*_forced_ids(self.model, variant, answer)) for answer in (*answers, *self._drafts(variant))]
             for variant, answers in asked
         ]
         flat = [one for row in forced for one in row]
@@ -161,11 +161,6 @@ class Trunk:
         ids, longer = (self.model.encode(self.chain.text + end).ids for end in ("", "."))
         return longer[len(ids) :] if longer[: len(ids)] == ids else ()
 
-    def _forced(self, variant: Chain, answer: str) -> _Forced:
-        forced = variant.with_answer(answer)
-        encoding = self.model.encode(forced.text)
-        return _Forced(encoding.ids, token_spans(forced, encoding).answer[0])
-
     def _score(self, logits: Float[Tensor, "read vocab"], ids: Sequence[int]) -> Float[Tensor, "2"]:
         """Log-probability of the answer `ids`, and the entropy at its first visible token."""
         logp = logits.log_softmax(-1)
@@ -189,11 +184,11 @@ class Trunk:
         return [extract_answer(_text(self.model, path), self.kind) for path in paths]
 
     def _read_labels(self, asked: Asked) -> list[Answered]:
-        first = label_tokens(self.model, asked[0][0], self.labels)
-        branches = [Branch(self.model.encode(variant.with_answer("").text).ids, 1) for variant, _ in asked]
+        tokens = label_tokens(self.model, asked[0][0], self.labels)
+        branches = [Branch(_before_labels(self.model, variant, self.labels), 1) for variant, _ in asked]
 
         def reduce(logits: Float[Tensor, "1 vocab"], _: int) -> Float[Tensor, "label_and_mass"]:
-            on_labels = logits[0].log_softmax(-1)[list(first)]
+            on_labels = logits[0].log_softmax(-1)[list(tokens)]
             return torch.cat([on_labels.log_softmax(-1), on_labels.exp().sum()[None]])
 
         rows = self.run.branches(branches, reduce=reduce)
@@ -208,18 +203,14 @@ class Trunk:
 
 @dataclass(frozen=True)
 class _Forced:
-    """Tokens of a text with an answer forced after its cue; the answer begins at `start`."""
+    """Tokens of a text up to its cue, and of an answer forced after it."""
 
-    ids: tuple[int, ...]
-    start: int
-
-    @property
-    def before(self) -> tuple[int, ...]:
-        return self.ids[: self.start]
+    before: tuple[int, ...]
+    answer: tuple[int, ...]
 
     @property
-    def answer(self) -> tuple[int, ...]:
-        return self.ids[self.start :]
+    def ids(self) -> tuple[int, ...]:
+        return (*self.before, *self.answer)
 
 
 def _greedy_path(draft: Sequence[int], best: Float[Tensor, "read"]) -> tuple[int, ...]:
@@ -246,18 +237,37 @@ def _entropy(logp: Float[Tensor, "vocab"]) -> Float[Tensor, ""]:
 
 
 def label_tokens(model: Model, chain: Chain, labels: Sequence[str]) -> tuple[int, ...]:
-    """First token of each choice label after the cue; CotfaithError when two labels share it."""
-    tokens = []
-    for label in labels:
-        forced = chain.with_answer(f" {label}")
-        encoding = model.encode(forced.text)
-        tokens.append(encoding.ids[token_spans(forced, encoding).answer[0]])
-    if len(set(tokens)) < len(tokens):
+    """The token of each label after the cue at which they part; CotfaithError when one is the beginning of another."""
+    answers = [_forced_ids(model, chain, f" {label}")[1] for label in labels]
+    shared = _shared_length(answers)
+    tokens = tuple(answer[shared] for answer in answers if len(answer) > shared)
+    if len(set(tokens)) < len(labels):
         raise CotfaithError(
-            f"Choice labels {list(labels)} share a first token under {model.info.name!r}; "
+            f"Choice labels {list(labels)} do not part at one token under {model.info.name!r}; "
             "use labels that differ in their first token, such as A, B, C."
         )
-    return tuple(tokens)
+    return tokens
+
+
+def _before_labels(model: Model, chain: Chain, labels: Sequence[str]) -> tuple[int, ...]:
+    """Tokens of `chain` up to where the labels part: with the blank before them where that is a token of its own."""
+    forced = [_forced_ids(model, chain, f" {label}") for label in labels]
+    before, answer = forced[0]
+    return (*before, *answer[: _shared_length([ids for _, ids in forced])])
+
+
+def _forced_ids(model: Model, chain: Chain, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of `chain` before `answer`, forced after its cue, and of the answer."""
+    forced = chain.with_answer(answer)
+    encoding = model.encode(forced.text)
+    start = token_spans(forced, encoding).answer[0]
+    return encoding.ids[:start], encoding.ids[start:]
+
+
+def _shared_length(answers: Sequence[Sequence[int]]) -> int:
+    return next(
+        (i for i, tokens in enumerate(zip(*answers, strict=False)) if len(set(tokens)) > 1), min(map(len, answers))
+    )
 
 
 def own_answer(
@@ -272,7 +282,7 @@ def own_answer(
 
     Raises CotfaithError when the reader writes no answer of this kind, or puts less than `min_label_mass` on labels.
     """
-    run = model.cached_run(model.encode(chain.text).ids)
+    run = model.cached_run(_before_labels(model, chain, labels) if labels else model.encode(chain.text).ids)
     if labels:
         on_labels = run.logits(1)[0].softmax(-1)[list(label_tokens(model, chain, labels))]
         check_label_mass(model, float(on_labels.sum()), labels, min_label_mass)

