@@ -129,6 +129,9 @@ def run_tests(
     continue_tokens: Annotated[
         int, typer.Option(help="Also let the reader write on after edited steps, so many tokens at most.")
     ] = 0,
+    min_label_mass: Annotated[
+        float, typer.Option(help="Leave out chains with less probability than this on the choice labels.")
+    ] = 0.5,
     paraphraser: Annotated[
         str, typer.Option(help="rules, supplied, or NAME=MODEL[+ADAPTER] or NAME=MODEL@URL.")
     ] = "rules",
@@ -140,6 +143,7 @@ def run_tests(
         "continue_tokens": continue_tokens,
         "paraphraser": paraphraser if paraphraser in ("rules", "supplied") else _reader(paraphraser, False),
         "template": template,
+        "min_label_mass": min_label_mass,
     }
     _run(_config(reader, problems, limit, seed, generate, dtype=dtype, mechanism=False, **options), out, as_json)
 

@@ -5,8 +5,8 @@
    a step; delete: leave one step out.
 3. paraphrase: put other wordings, made beforehand, in the place of s_{i+1}..s_n, or of one step.
 4. mistake: alter one number of one step, its stated result first, digit for digit; where a step has no number, a
-   number word, a choice label or a name. propagate: carry it on through the later steps, whose results are calculated
-   again. mistake_all: every step that can be altered.
+   number word, a choice label, a name, or a word that has an opposite (higher, effective). propagate: carry it on
+   through the later steps, whose results are calculated again. mistake_all: every step that can be altered.
 5. shuffle: steps in another order. swap: another problem's steps.
 An edit that cannot be made returns None, so that its caller writes an exclusion; a random one takes its Generator.
 Source: MEASURES 'Behavioural tests'.
@@ -29,6 +29,12 @@ from .chains import Chain
 from .errors import CotfaithError
 from .paraphrase import CARDINALS, FRACTIONS, names
 
+_PAIRS = """higher lower|increased decreased|increase decrease|increases decreases|more less|most least
+greater smaller|better worse|best worst|positive negative|before after|effective ineffective|safe unsafe
+common rare|useful useless|early late|earlier later|longer shorter|reliable unreliable|likely unlikely
+significant insignificant|can cannot|first last|above below|always never|improved worsened
+improves worsens|improve worsen|high low|strong weak|all none|true false|possible impossible"""
+_OPPOSITES = {one: other for pair in re.split(r"[|\n]", _PAIRS) for one, other in (pair.split(), pair.split()[::-1])}
 _DRAWS = 200
 _ALTERNATIVES = 20
 _NUMBER_TEXT = re.compile(r"[\d.,]*\d[\d.,]*")
@@ -160,8 +166,9 @@ def mistake(
     """Alter one number or entity of step `step` (from 0); None where it holds nothing that can be altered.
 
     The new number has the old one's digit count and separators; it equals no number of the chain, the question or
-    `avoid`; where none such is free, another number of the step is altered, or an entity. With `count_tokens` only an
-    alteration that keeps the chain's token count is made. Raises CotfaithError when the chain has no such step.
+    `avoid`; where none such is free, another number of the step is altered, an entity, or a word turned into its
+    opposite. With `count_tokens` only an alteration that keeps the chain's token count is made. Raises CotfaithError
+    when the chain has no such step.
     """
     if not 0 <= step < len(chain.steps):
         raise CotfaithError(
@@ -268,7 +275,8 @@ def _other_digits(digits: str, rng: np.random.Generator) -> str:
 
 
 def _altered_entities(chain: Chain, text: str, rng: np.random.Generator) -> Iterator[_Span]:
-    """Number words from the last on, choice labels from the last on, names from the first on; every other value."""
+    """Number words and choice labels from the last on, names from the first on, each with every other value; then
+    words that have an opposite, in random order."""
     for group in (CARDINALS, FRACTIONS):
         for word in reversed(list(re.finditer(rf"\b(?:{'|'.join(group)})\b", text, re.IGNORECASE))):
             for other in _others(group, word[0].lower(), rng):
@@ -277,10 +285,14 @@ def _altered_entities(chain: Chain, text: str, rng: np.random.Generator) -> Iter
     for start, label in reversed(labels(text)):
         for other in _others(offered, label, rng):
             yield _Span(start, text[start], _like(text[start], other))
-    for start, name in names(text):
+    for start, name in ((start, name) for start, name in names(text) if name.lower() not in _OPPOSITES):
         others = [other for piece in (chain.prompt, *chain.steps) for _, other in names(piece)]
         for other in _others(others if set(others) - {name} else _NAMES, name, rng):
             yield _Span(start, name, other)
+    found = [word for word in re.finditer(r"[^\W\d_]+", text) if word[0].lower() in _OPPOSITES]
+    for i in rng.permutation(len(found)):
+        word = found[i][0]
+        yield _Span(found[i].start(), word, _like(word, _OPPOSITES[word.lower()]))
 
 
 def _like(old: str, new: str) -> str:

@@ -434,3 +434,20 @@ def test_labels_are_renamed_all_at_once():
     swapped = {"A": "B", "B": "C", "C": "A"}
     assert edits.relabel("(A) or b, not B) or (c). Answer: C", swapped) == "(B) or b, not C) or (a). Answer: A"
     assert edits.relabel("A train", swapped) == "A train"
+
+
+@pytest.mark.parametrize(
+    ("step", "altered"),
+    [
+        (
+            " it is effective in most of them",
+            {" it is ineffective in most of them", " it is effective in least of them"},
+        ),
+        (" Higher doses", {" Lower doses"}),
+        (" nothing else to say", None),
+    ],
+)
+def test_a_step_without_number_or_entity_says_the_opposite(step, altered):
+    chain = replace(CHAIN, steps=(step,))
+    made = [edits.mistake(chain, 0, rng(seed)) for seed in range(12)]
+    assert (made == [None] * 12) if altered is None else ({m.chain.steps[0] for m in made} == altered)
