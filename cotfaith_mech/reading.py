@@ -30,6 +30,8 @@ MIN_LABEL_MASS = 0.5
 """Least probability on the choice labels after the complete chain; below it their ratio is no answer."""
 MAX_ANSWER_TOKENS = 12
 MAX_DRAFTS = 8
+BATCH = 16
+Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class Trunk:
             max((_greedy_path((*one.answer, *ending), r[2:]) for one, r in zip(*pair, strict=True)), key=len)
             for pair in zip(forced, scored, strict=True)
         ]
-        said = self._said([row[0].before for row in forced], paths, ending)
+        decode = self._decoded if self.run.accelerated else self._generated
+        said = decode([variant for variant, _ in asked], [row[0].before for row in forced], paths, ending)
         return [
             Answered(
                 word,
@@ -171,10 +174,23 @@ class Trunk:
             total = total + torch.log1p(-further.clamp(max=1 - 1e-7))
         return torch.stack([total, _entropy(logp[visible])])
 
-    def _said(
-        self, texts: Sequence[tuple[int, ...]], paths: Sequence[tuple[int, ...]], ending: tuple[int, ...]
+    def _generated(
+        self, variants: Sequence[Chain], texts: Sequence[Ids], paths: Sequence[Ids], ending: Ids
     ) -> list[str | None]:
-        """The greedy answer after each of `texts`, of which the first tokens (`paths`) are known."""
+        """What `_decoded` gives, by the model's own batched generation: for a run that shares no trunk."""
+        written = {i: _text(self.model, path) for i, path in enumerate(paths) if _is_over(self.model, path, self.kind)}
+        pending = [i for i in range(len(paths)) if i not in written]
+        for first in range(0, len(pending), BATCH):
+            batch = pending[first : first + BATCH]
+            prompts = [variants[i].with_answer("").text for i in batch]
+            written |= zip(batch, self.model.generate(prompts, max_new_tokens=MAX_ANSWER_TOKENS), strict=True)
+        return [extract_answer(written[i], self.kind) for i in range(len(paths))]
+
+    def _decoded(
+        self, variants: Sequence[Chain], texts: Sequence[Ids], paths: Sequence[Ids], ending: Ids
+    ) -> list[str | None]:
+        """The greedy answer after each of `texts`, of which the first tokens (`paths`) are known: one more token of
+        each a round, with the likely `ending` read along."""
         paths = list(paths)
         while pending := [i for i, path in enumerate(paths) if not _is_over(self.model, path, self.kind)]:
             branches = [Branch((*texts[i], *paths[i], *ending), len(ending) + 1) for i in pending]

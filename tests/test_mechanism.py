@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from cotfaith_mech.behaviour import measure_behaviour
 from cotfaith_mech.chains import Chain, token_spans
 from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
-from cotfaith_mech.model import DirectPath, load
+from cotfaith_mech.model import DirectPath, PlainRun, load
 from cotfaith_mech.patching import AnswerContrast, PatchPlan, measure_knockout, measure_patching
 from cotfaith_mech.problems import AnswerKind, Problem
 from cotfaith_mech.reading import Trunk, decoded, label_tokens, own_answer
@@ -130,6 +131,10 @@ def test_what_is_said_is_what_plain_decoding_writes(architecture: str, kind: Ans
     steps = t.chain.steps
     variants = [replace(t.chain, steps=s) for s in (steps, steps[:1], steps[2:], steps[::-1], (" Bob has 3.",), ())]
     said = [answered.said for answered in t.read([(variant, [" 17", " 9"]) for variant in variants])]
+    plain = replace(t, run=PlainRun(m, t.run.tokens))
+    generated = [answered.said for answered in plain.read([(variant, [" 17", " 9"]) for variant in variants])]
+    special = re.compile(r"<\|\w+\|>")  # generation leaves special tokens out of its text
+    assert generated == [word and special.sub("", word) for word in said]
     texts = [m.decode(greedy_tokens(m, variant.with_answer("").text)) for variant in variants]
     assert said == [extract_answer(text, kind) for text in texts]
     assert len(set(texts)) > 3
