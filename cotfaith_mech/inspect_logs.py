@@ -9,15 +9,30 @@ Format: inspect.aisi.org.uk/eval-logs.html (EvalLog, EvalSample).
 from __future__ import annotations
 
 import re
+import zlib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from .errors import CotfaithError
 from .formats import Entry, Row
 from .problems import LABELS
 
 _ANSWER_LINE = re.compile(r"^[\W_]*(?:final\s+)?answer\W*:.*|^[\W_]*#### .*", re.IGNORECASE | re.MULTILINE)
+
+UNREADABLE = (
+    ValueError,
+    LookupError,
+    OSError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    BadZipFile,
+    zlib.error,
+)
+"""What the zip, JSON and pydantic layers of Inspect's reader raise on a log that is not whole."""
 
 
 def is_log(whole: Any) -> bool:
@@ -36,7 +51,7 @@ def read_log(path: Path) -> list[Entry]:
         ) from error
     try:
         log = library.read_eval_log(str(path), resolve_attachments=True)
-    except Exception as error:  # the reader raises whatever its zip, JSON and pydantic layers do
+    except UNREADABLE as error:
         raise CotfaithError(
             f"Inspect cannot read {path}: {' '.join(str(error).split())[:200]}; give a log that it wrote to the end."
         ) from error
