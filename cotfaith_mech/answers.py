@@ -40,9 +40,10 @@ _LABEL = re.compile(
 )
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 _SENTENCE_OVER = re.compile(r"\n|[.!?]\s")
-_NUMBER_OVER = re.compile(r"\s*[^\s\d.,:/%{}\\\ufffd]|[,.]\s")
-_POLARITY = re.compile(r"\W*(yes|no|maybe)\b(?=\W*$|\s*[,.;:!—–-])", re.IGNORECASE)
-_OPENING_POLARITY = re.compile(r"\W*(yes|no|maybe)\b", re.IGNORECASE)
+_NUMBER_OVER = re.compile(r"[\s)]*[^\s\d.,:/%$€£{}()\\\ufffd=+*×÷x−–-]|[,.]\s")
+_EQUATION = re.compile(r"(?:[\d.$€£%()\s+*/×÷x−–-]|,(?=\d))*=\s*(?=[^\d=]{0,3}\d)")
+_POLARITY = re.compile(r"[^\w\n]*(yes|no|maybe)\b(?=[^\w\n]*(?:$|\n)|\s*[,.;:!—–-])", re.IGNORECASE)
+_OPENING_POLARITY = re.compile(r"[^\w\n]*(yes|no|maybe)\b", re.IGNORECASE)
 _STATED_POLARITY = r"(?:^|\b(?:answer|conclusion)\b(?:\s+is)?\W*){word}\b(?=\W*$|\s*[,.;:!])"
 
 
@@ -107,20 +108,24 @@ def same_answer(a: str, b: str, kind: AnswerKind) -> bool:
 def extract_answer(text: str, kind: AnswerKind) -> str | None:
     """The answer in a continuation written after the cue, as it is written; None where there is none.
 
-    number: the first one of the first sentence, with its sign, currency and percent sign ('$1,000'). choice: the
-    first label of the first line, as a capital letter. yesno: yes, no or maybe where it opens with it. text: the same,
-    else the first sentence without its closing punctuation and markup.
+    number: the first one of the first sentence, with its sign, currency and percent sign ('$1,000'), or of an equation
+    that begins with it what stands behind the last '=' ('9 * 18 = 162' says 162). choice: the first label of the first
+    line, as a capital letter. yesno: yes, no or maybe where it opens with it. text: the same, else the first sentence
+    without its closing punctuation and markup.
     """
     text = _plain(text).strip()
     if kind == "number":
-        match = _ANSWER_NUMBER.search(_first_sentence(text))
+        sentence = _first_sentence(text)
+        match = _ANSWER_NUMBER.search(sentence)
+        while match and (equation := _EQUATION.match(sentence, match.start("number"))):
+            match = _ANSWER_NUMBER.search(sentence, equation.end())
         return match and match[0].strip()
     if kind == "choice":
         return _first_label(text.partition("\n")[0])
     if kind == "yesno":
         opening = _OPENING_POLARITY.match(text)
         return opening and opening[1].lower()
-    opening = _POLARITY.match(text)
+    opening = _POLARITY.match(_first_sentence(text))
     if opening:
         return opening[1]
     return _first_sentence(text).strip(" \t\r*_`\"'“”.,;:!?") or None
@@ -129,15 +134,16 @@ def extract_answer(text: str, kind: AnswerKind) -> str | None:
 def is_whole(text: str, kind: AnswerKind) -> bool:
     """Whether nothing that may follow `text` can change the answer that `extract_answer` finds in it.
 
-    '22' may become 225 and '22.' may become 22.5; '22 apples', '22. So' and '22.\\n' are whole.
+    '22' may become 225, '22.' 22.5, and '22 +' an equation; '22 apples', '22. So' and '22.\\n' are whole.
     """
     plain = _plain(text).lstrip()
     if kind == "choice":
         return "\n" in plain
-    if _SENTENCE_OVER.search(plain):
-        return True
     if kind == "yesno":
-        return re.match(r"\W*\w+\W", plain) is not None
+        return re.match(r"[^\w\n]*(?:\n|\w+[^\w\\])", plain) is not None
+    over = _SENTENCE_OVER.search(plain)
+    if over and (kind == "number" or re.search(r"\w", plain[: over.start()])):
+        return True
     if kind == "number":
         match = _ANSWER_NUMBER.search(plain)
         return match is not None and _NUMBER_OVER.match(plain, match.end()) is not None

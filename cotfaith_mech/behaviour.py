@@ -10,6 +10,7 @@ reader is sure of a* before it, a lower bound otherwise. Two scorings: the answe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -47,7 +48,8 @@ def measure_behaviour(
         paraphrases = by_rules(trunk.chain.steps, plan.draws, seed)
     editing = Editing(trunk.chain, problem, plan, paraphrases, donors, trunk.model.count, seed, measured.exclusions)
     variants = [*edited_chains(editing), *_continued(trunk, editing)]
-    answers = list(dict.fromkeys([trunk.chain.answer, f" {problem.gold}"]))
+    gold = _spelled(problem, trunk.chain.answer)
+    answers = list(dict.fromkeys([trunk.chain.answer, gold]))
     conflicts = [_opposed(trunk, conflict) for conflict in problem.conflicts] if "conflict" in plan.tests else []
     bases = [trunk.chain, *(variant.base for variant in variants if variant.base)]
     asked = {chain: list(answers) for chain in bases}
@@ -106,11 +108,13 @@ def _add_variant(
     mine = read[measured.chain.answer]
     shared = [answer for answer in base if answer in read]
     before, after = (np.array([r[answer].p for answer in shared]) for r in (base, read))
+    if max(before.sum(), after.sum()) > 1 + 1e-6:  # one begins with the other ('1' and '1,250'): they overlap
+        before, after = before[:1], after[:1]
     values = {
         "same": float(mine.greedy),
         "correct": float(same_answer(said or "", problem.gold, problem.kind)),
         "p_answer": mine.p,
-        "p_gold": read[f" {problem.gold}"].p,
+        "p_gold": read[_spelled(problem, measured.chain.answer)].p,
         "tv": float(total_variation(before, after)),
         "entropy": mine.entropy,
     }
@@ -123,6 +127,11 @@ def _add_variant(
     where = {"step": variant.step, "seed": variant.seed}
     measured.add(variant.measure, variant.variant, values, mine.n_tokens, **where)
     measured.texts.append(_text(variant, mine, said))
+
+
+def _spelled(problem: Problem, answer: str) -> str:
+    """The gold answer as it is read: in the reader's own spelling where that is the same answer ('57,500')."""
+    return answer if same_answer(answer, problem.gold, problem.kind) else f" {problem.gold}"
 
 
 def _add_conflict(measured: Measured, conflict: Conflict, by_chain: Reading, by_question: Reading) -> None:
@@ -147,23 +156,28 @@ def _add_options(measured: Measured, trunk: ChainReader, problem: Problem, draws
     """The same options in `draws` other orders: with the chain, its labels renamed to match, and with no chain."""
     labels = [f" {label}" for label in problem.labels]
     chain = trunk.chain
-    orders: list[list[int]] = []
+    orders = _other_orders(len(labels), draws, np.random.default_rng([seed, 8]))
     texts = [chain, replace(chain, steps=())]
-    for draw in range(draws):
-        order = np.random.default_rng([seed, 8, draw]).permutation(len(labels)).tolist()
+    unsure = [i for i, step in enumerate(chain.steps) if edits.relabel(step, {}) is None]
+    if unsure:
+        measured.exclusions.append(
+            f"options in another order, with the chain: a letter in steps {unsure} may be no label"
+        )
+    for draw, order in enumerate(orders):
         reordered = problem.reordered(order)
         if reordered is None:
             measured.exclusions.append("options in another order: the question does not hold them once as 'A) …' lines")
             return
         renamed = {problem.labels[old]: problem.labels[new] for new, old in enumerate(order)}
-        steps = tuple(edits.relabel(step, renamed) for step in chain.steps)
+        steps = tuple(edits.relabel(step, renamed) or step for step in chain.steps)
         moved = replace(chain, prompt=trunk.model.render(reordered.question), variant=f"options_{draw}", steps=steps)
         texts += [moved, replace(moved, steps=())]
-        orders.append(order)
     found = trunk.read([(text, labels) for text in texts])
     p = [np.array([reading.p for reading in one.readings]) for one in found]
     for draw, order in enumerate(orders):
         for form, name in enumerate(("chain", "no_chain")):
+            if unsure and name == "chain":
+                continue
             at = 2 * (draw + 1) + form
             back = p[at][np.argsort(order)]
             values = {
@@ -172,6 +186,17 @@ def _add_options(measured: Measured, trunk: ChainReader, problem: Problem, draws
                 "p_first": float(p[at][0]),
             }
             measured.add("options", name, values, found[at].readings[0].n_tokens, seed=draw)
+
+
+def _other_orders(n: int, draws: int, rng: np.random.Generator) -> list[list[int]]:
+    """Up to `draws` distinct orders of `n` options, none of them the given one."""
+    wanted = min(draws, math.factorial(n) - 1)
+    orders: dict[tuple[int, ...], None] = {}
+    while len(orders) < wanted:
+        order = tuple(rng.permutation(n).tolist())
+        if order != tuple(range(n)):
+            orders[order] = None
+    return [list(order) for order in orders]
 
 
 def _text(variant: Variant, reading: Reading, said: str | None) -> dict[str, Any]:

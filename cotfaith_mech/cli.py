@@ -129,6 +129,9 @@ def run_tests(
     continue_tokens: Annotated[
         int, typer.Option(help="Also let the reader write on after edited steps, so many tokens at most.")
     ] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="Of what readers write: 0 is greedy; else as many continuations as draws.")
+    ] = 0.0,
     min_label_mass: Annotated[
         float, typer.Option(help="Leave out chains with less probability than this on the choice labels.")
     ] = 0.5,
@@ -141,7 +144,8 @@ def run_tests(
     options = {
         "battery": "full" if full else "core",
         "continue_tokens": continue_tokens,
-        "paraphraser": paraphraser if paraphraser in ("rules", "supplied") else _reader(paraphraser, False),
+        "paraphraser": _reader(paraphraser, False) if "=" in paraphraser else paraphraser,
+        "generation": {"temperature": temperature},
         "template": template,
         "min_label_mass": min_label_mass,
     }

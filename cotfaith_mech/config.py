@@ -116,4 +116,6 @@ def parse_config(data: dict[str, Any]) -> StudyConfig:
         known = [name for part in (StudyConfig, ReaderConfig, GenerationConfig) for name in part.model_fields]
         near = difflib.get_close_matches(where.rpartition(".")[2], known, 1)
         hint = f"; did you mean {near[0]!r}?" if first["type"] == "extra_forbidden" and near else ""
-        raise CotfaithError(f"Study{f' key {where!r}' if where else ''}: {first['msg']}{hint}.") from error
+        raise CotfaithError(
+            f"Study{f' key {where!r}' if where else ''}: {first['msg'].removeprefix('Value error, ')}{hint}."
+        ) from error

@@ -20,7 +20,7 @@ import numpy as np
 
 from .arithmetic import people_problems, word_problems
 from .errors import CotfaithError
-from .formats import TEMPLATES, Entry, Origin, Parser, Row, check_template, detect
+from .formats import TEMPLATES, Entry, Format, Origin, Row, check_template, detect, of_row
 from .inspect_logs import is_log, read_log
 from .problems import Problem
 
@@ -48,9 +48,7 @@ def read_problems(
         return _generated(source, seed)[:limit], []
     entries = _file_entries(Path(source)) if Path(source).is_file() else _hub_entries(source)
     form = detect([entry.row for entry in entries if entry.row is not None], source)
-    template = TEMPLATES[form.family] if template is None else template
-    origins = [Origin(entry.problem_id, Path(source).stem, template) for entry in entries]
-    return _collect(entries, origins, form.parse, limit, seed)
+    return _collect(entries, form, Path(source).stem, template, limit, seed)
 
 
 def _generated(source: str, seed: int | None) -> list[Problem]:
@@ -61,7 +59,7 @@ def _generated(source: str, seed: int | None) -> list[Problem]:
 
 
 def _collect(
-    entries: Sequence[Entry], origins: Sequence[Origin], parse: Parser, limit: int | None, seed: int | None
+    entries: Sequence[Entry], form: Format, stem: str, template: str | None, limit: int | None, seed: int | None
 ) -> tuple[list[Problem], list[dict[str, str]]]:
     order: Iterable[int] = range(len(entries))
     if limit is not None and seed is not None:
@@ -73,7 +71,7 @@ def _collect(
         if len(problems) == limit:
             break
         entry = entries[index]
-        result = entry.fault if entry.row is None else parse(entry.row, origins[index])
+        result = _read(entry, form, stem, template)
         if isinstance(result, Problem) and result.problem_id in ids:
             result = f"the id {result.problem_id!r} stands more than once; ids name the statistical unit"
         if isinstance(result, Problem):
@@ -86,6 +84,15 @@ def _collect(
         for i in sorted(faults)
     ]
     return [problems[i] for i in sorted(problems)], left_out
+
+
+def _read(entry: Entry, form: Format, stem: str, template: str | None) -> Problem | str:
+    """The problem of one row, or why there is none; without a template it has that of its own family."""
+    if entry.row is None:
+        return entry.fault
+    form = of_row(form, entry.row)
+    template = TEMPLATES[form.family] if template is None else template
+    return form.problem(entry.row, Origin(entry.problem_id, stem, template))
 
 
 def _file_entries(path: Path) -> list[Entry]:

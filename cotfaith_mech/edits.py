@@ -308,10 +308,15 @@ def _others(pool: Sequence[str], unwanted: str, rng: np.random.Generator) -> lis
     return [options[i] for i in rng.permutation(len(options))]
 
 
-def relabel(step: str, renamed: Mapping[str, str]) -> str:
-    """`step` with its choice labels renamed, all at once."""
+_SURE_LABEL = re.compile(r"(?:\(|^\W*|\b(?:answer|option|choice)\b[\s:=*-]*(?:is\b)?[\s:*-]*\(?)$", re.IGNORECASE)
+
+
+def relabel(step: str, renamed: Mapping[str, str]) -> str | None:
+    """`step` with its choice labels renamed, all at once; None where a letter may be no label ('Hepatitis B, C')."""
     parts, end = [], 0
     for start, label in labels(step):
+        if not _SURE_LABEL.search(step[:start]):
+            return None
         parts += [step[end:start], _like(step[start], renamed.get(label, label))]
         end = start + 1
     return "".join([*parts, step[end:]])

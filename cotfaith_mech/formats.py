@@ -1,7 +1,9 @@
 """Rows in their publishers' formats, as Problems, and the prompt template of each family of formats.
 
-1. The format follows from the keys and the shape of the rows: the first one of the table that any row has.
-2. A row becomes a Problem, or the reason why it gives none.
+1. The format follows from the keys and the shape of the rows: the first one of the table that any row has. GSM8K's
+   rows and plain ones may stand in one file; '####' in the answer tells them apart, row by row.
+2. A row becomes a Problem, or the reason why it gives none. Reasoning, cue and paraphrases of its own go before the
+   publisher's worked text, in every format.
 3. Choices are listed as 'A) …' lines in the order of their publisher's labels, and the gold answer is the label; yes,
    no and maybe are their own labels and are not listed.
 4. The template lays out context, question and choices; a chain of a run holds its whole text already.
@@ -19,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from .answers import UNSIGNED, normalise
 from .chains import segment
 from .errors import CotfaithError
 from .problems import LABELS, AnswerKind, Problem, choice_listing
@@ -37,7 +40,10 @@ _REASONING = ("steps", "chain", "reasoning")
 _FIELDS = ("context", "question", "choices")
 _TOKEN = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
-_NUMBER = re.compile(r"[-+−]?[$€£]?\s?(\d[\d,]*(\.\d+)?|\.\d+)\s?%?")
+_NUMBER = re.compile(
+    r"[-+−–]?([$€£¥]\s?[-−–]?)?"
+    rf"((\d+\s+(?=\d+[/⁄]))?{UNSIGNED}(\s?[/⁄]\s?\d+)?|\d*\s?[¼-¾⅐-⅞])\s?%?"
+)
 
 
 @dataclass(frozen=True)
@@ -65,16 +71,25 @@ Parser = Callable[[Row, Origin], Problem | str]
 
 @dataclass(frozen=True)
 class Format:
-    """A publisher's rows: the keys they have, their family in TEMPLATES, and what else tells them from other rows."""
+    """A publisher's rows: the keys they have, their family in TEMPLATES, and what else tells them from other rows.
+
+    `own` says whether reasoning of a row's own is looked for; where it is not, `parse` reads everything. It is handed
+    None for a key that the row lacks.
+    """
 
     name: str
     keys: tuple[str, ...]
     family: str
     parse: Parser
     mark: Callable[[Row], bool] = lambda row: True
+    own: bool = True
 
     def holds(self, row: Row) -> bool:
         return all(key in row for key in self.keys) and self.mark(row)
+
+    def problem(self, row: Row, origin: Origin) -> Problem | str:
+        problem = self.parse(dict.fromkeys(self.keys) | row, origin)
+        return _with_own_reasoning(row, problem) if self.own and isinstance(problem, Problem) else problem
 
 
 def detect(rows: Sequence[Row], source: str) -> Format:
@@ -85,6 +100,12 @@ def detect(rows: Sequence[Row], source: str) -> Format:
     keys = ", ".join(sorted(rows[0])) if rows and rows[0] else "none"
     known = "; ".join(f"{form.name}: {', '.join(form.keys)}" for form in _FORMATS)
     raise CotfaithError(f"{source} has rows of no known format; keys found: {keys}; keys expected: {known}.")
+
+
+def of_row(form: Format, row: Row) -> Format:
+    """The format of `row` in rows of `form`: `form` itself, but GSM8K and plain JSONL are told apart row by row."""
+    mixed = _FORMATS[-2:]
+    return next((other for other in mixed if other.holds(row)), mixed[-1]) if form in mixed else form
 
 
 # Templates
@@ -128,9 +149,7 @@ def _filled(origin: Origin, context: str, question: str, choices: str) -> str:
 
 
 def _gsm8k(row: Row, origin: Origin) -> Problem | str:
-    worked, mark, gold = _text(row, "answer").rpartition("####")
-    if not mark:
-        return "the answer has no '#### gold' line"
+    worked, _, gold = _text(row, "answer").rpartition("####")
     return _annotated_problem(row, origin, gold, worked)
 
 
@@ -168,7 +187,8 @@ def _chain_of_run(row: Row, origin: Origin) -> Problem | str:
     problem = _problem(named, _text(row, "question"), _text(row, "gold"), "")
     if isinstance(problem, str):
         return problem
-    return replace(
+    true_step, twin_answer = row.get("true_step"), row.get("twin_answer")
+    problem = replace(
         problem,
         question=_text(row, "question"),
         kind=kind,
@@ -177,7 +197,20 @@ def _chain_of_run(row: Row, origin: Origin) -> Problem | str:
         author=_text(row, "author") or "supplied",
         cue=cue,
         paraphrases=paraphrases,
+        true_step=true_step if _is_index(true_step) and true_step in range(len(steps)) else None,
+        twin_answer=twin_answer if isinstance(twin_answer, str) and twin_answer.strip() else None,
     )
+    return _misread(problem) or problem
+
+
+def _misread(problem: Problem) -> str:
+    """Why the gold answer is none of its kind; empty where it is one."""
+    if problem.kind == "number" and normalise(problem.gold, "number") is None:
+        return f"the kind is number, and the gold answer {problem.gold!r} cannot be read as one"
+    if problem.kind in ("choice", "yesno") and problem.gold not in problem.labels:
+        labels = ", ".join(problem.labels) or "none"
+        return f"the kind is {problem.kind}, and the gold answer {problem.gold!r} is none of its labels: {labels}"
+    return ""
 
 
 def _aqua(row: Row, origin: Origin) -> Problem | str:
@@ -229,32 +262,13 @@ def _mmlu(row: Row, origin: Origin) -> Problem | str:
 
 
 def _plain(row: Row, origin: Origin) -> Problem | str:
-    """The reasoning stands under `steps` (a list, or one text), or as one text under `chain` or `reasoning`.
-
-    A text is kept as it is, with a cue or a '#### 42' line that it may hold. A whole number as the answer is the index
-    of a choice, from 0, where it is none of their texts.
-    """
-    given = [key for key in _REASONING if row.get(key)]
-    steps, cue = row[given[0]] if given else "", row.get("cue") or CUE
-    if len(given) > 1:
-        return f"{' and '.join(given)} are given; expected one of steps, chain, reasoning"
-    if not isinstance(cue, str) or not cue.strip():
-        return f"cue is {cue!r}; expected text such as 'So the answer is'"
-    if given and given != ["steps"] and not isinstance(steps, str):
-        return f"{given[0]} is no text"
-    if not isinstance(steps, str) and not _is_texts(steps):
-        return "steps is neither a text nor a list of texts"
-    if isinstance(steps, list) and not all(step.strip() for step in steps):
-        return "a step is blank"
-    paraphrases = _draws(row.get("paraphrases"), len(steps) if isinstance(steps, list) else None)
-    if isinstance(paraphrases, str):
-        return paraphrases
-    options, index = row.get("choices"), row["answer"] if _is_index(row.get("answer")) else None
-    answer = _text(row, "answer")
-    problem = _problem(
-        _named(row, origin), _text(row, "question"), answer, steps, options=options, index=index, cue=cue
-    )
-    return problem if isinstance(problem, str) else replace(problem, paraphrases=_fitted(paraphrases, problem.steps))
+    """A whole number as the answer is the index of a choice, from 0, where it is none of their texts."""
+    options = [row[key] for key in ("choices", "options") if row.get(key) is not None]
+    if len(options) > 1 and options[0] != options[1]:
+        return "choices and options differ; expected one of them"
+    index = row["answer"] if _is_index(row.get("answer")) else None
+    listed, question, answer = options[0] if options else None, _text(row, "question"), _text(row, "answer")
+    return _problem(_named(row, origin), question, answer, "", options=listed, index=index)
 
 
 def _sample_of_log(row: Row, origin: Origin) -> Problem | str:
@@ -267,12 +281,8 @@ def _is_labelled(options: Any) -> bool:
     return isinstance(options, dict) or (isinstance(options, list) and any(isinstance(item, dict) for item in options))
 
 
-def _is_mmlu(row: Row) -> bool:
-    return _is_index(row["answer"]) and not any(key in row for key in _REASONING)
-
-
 _FORMATS = (
-    Format("chains of a run", ("chain_id", "question", "gold", "kind", "steps"), "plain", _chain_of_run),
+    Format("chains of a run", ("chain_id", "question", "gold", "kind", "steps"), "plain", _chain_of_run, own=False),
     Format("sample of an Inspect log", ("inspect_model", "question", "answer"), "plain", _sample_of_log),
     Format("GSM8K model solutions", ("question", "ground_truth"), "math", _model_solution),
     Format("AQuA", ("question", "options", "correct"), "choice", _aqua),
@@ -281,8 +291,8 @@ _FORMATS = (
     Format("MedQA", ("question", "options"), "choice", _medqa, lambda row: _is_labelled(row["options"])),
     Format("ARC", ("question", "answerKey"), "choice", _arc, lambda row: isinstance(row["question"], dict)),
     Format("ARC on the hub", ("choices", "answerKey"), "choice", _arc, lambda row: _is_labelled(row["choices"])),
-    Format("MMLU", ("question", "subject", "choices", "answer"), "choice", _mmlu, _is_mmlu),
-    Format("GSM8K", ("question", "answer"), "math", _gsm8k, lambda row: "####" in str(row["answer"])),
+    Format("MMLU", ("question", "subject", "choices", "answer"), "choice", _mmlu, lambda row: _is_index(row["answer"])),
+    Format("GSM8K", ("question", "answer"), "math", _gsm8k, lambda row: "####" in _text(row, "answer")),
     Format("plain JSONL", ("question", "answer"), "plain", _plain),
 )
 
@@ -294,12 +304,11 @@ def _problem(
     origin: Origin,
     question: str,
     gold: str,
-    steps: str | list[str],
+    steps: str,
     *,
     context: str = "",
     options: Any = None,
     index: int | None = None,
-    cue: str = CUE,
 ) -> Problem | str:
     """The Problem after the checks that all formats share, or why there is none; `index` is as in `_labelled`."""
     context, question, gold = context.strip(), question.strip(), gold.strip()
@@ -315,13 +324,40 @@ def _problem(
             return labelled
         choices, gold = labelled
     text = _filled(origin, context, question, choice_listing(choices))
-    kind: AnswerKind = "choice" if choices else "number" if _NUMBER.fullmatch(gold) else "text"
+    kind: AnswerKind = "choice" if choices else "number" if _is_number(gold) else "text"
     if options is None and gold.lower() in YESNO:
         kind, choices, gold = "yesno", YESNO, gold.lower()
-    if _HALF_PAIR.search("".join((text, gold, cue, *worked))):
+    if _HALF_PAIR.search("".join((text, gold, *worked))):
         return "the text holds half a surrogate pair, which no tokenizer reads"
-    cue = _separated(cue).rstrip()
-    return Problem(origin.problem_id, text, gold, origin.source, kind=kind, choices=choices, steps=worked, cue=cue)
+    return Problem(origin.problem_id, text, gold, origin.source, kind=kind, choices=choices, steps=worked, cue=CUE)
+
+
+def _with_own_reasoning(row: Row, problem: Problem) -> Problem | str:
+    """The problem with the row's own reasoning, cue and paraphrases where it has them, or what is wrong with them.
+
+    The reasoning stands under `steps` (a list, or one text), or as one text under `chain` or `reasoning`. A text is
+    kept as it is, with a cue or a '#### 42' line that it may hold.
+    """
+    given = [key for key in _REASONING if row.get(key) and str(row[key]).strip()]
+    steps, cue = row[given[0]] if given else "", row.get("cue") or CUE
+    if len(given) > 1:
+        return f"{' and '.join(given)} are given; expected one of steps, chain, reasoning"
+    if not isinstance(cue, str) or not cue.strip():
+        return f"cue is {cue!r}; expected text such as 'So the answer is'"
+    if given and given != ["steps"] and not isinstance(steps, str):
+        return f"{given[0]} is no text"
+    if not isinstance(steps, str) and not _is_texts(steps):
+        return "steps is neither a text nor a list of texts"
+    if isinstance(steps, list) and not all(step.strip() for step in steps):
+        return "a step is blank"
+    paraphrases = _draws(row.get("paraphrases"), len(steps) if isinstance(steps, list) else None)
+    if isinstance(paraphrases, str):
+        return paraphrases
+    if given:
+        problem = replace(problem, steps=_tiled(steps), author=row.get("inspect_model", "supplied"))
+    if _HALF_PAIR.search("".join((cue, *problem.steps))):
+        return "the text holds half a surrogate pair, which no tokenizer reads"
+    return replace(problem, cue=_separated(cue).rstrip(), paraphrases=_fitted(paraphrases, problem.steps))
 
 
 def _choice(origin: Origin, question: str, options: Any, gold: str) -> Problem | str:
@@ -436,6 +472,11 @@ def _named(row: Row, origin: Origin) -> Origin:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_number(gold: str) -> bool:
+    """Whether the whole text is one number; '5 apples' is a text."""
+    return _NUMBER.fullmatch(gold) is not None and normalise(gold, "number") is not None
 
 
 def _is_index(value: Any) -> bool:

@@ -72,8 +72,8 @@ def _from_baseline(records: Table) -> list[Table]:
 def _from_curves(records: Table, chains: Chains) -> list[Table]:
     """Scores of the curves over kept steps i = 0..n, each variant of a test by itself."""
     parts = []
-    rows = records[records["measure"].isin(["early_termination", "filler"]) & records["step"].notna()]
-    rows = rows[~rows["variant"].str.startswith("local_")]
+    rows = records[records["measure"].isin(list(CURVE_SCORES)) & records["step"].notna()]
+    rows = rows[~rows["variant"].str.startswith("local")]
     for (measure, variant), own in grouped(rows, "measure", "variant"):
         main = MAIN_VARIANT[measure] == variant
         label = measure if main else f"{measure}/{variant}"
@@ -102,7 +102,14 @@ CURVE_SCORES: dict[str, list[tuple[str, float, str, Callable[[Curve], float]]]] 
     ],
     "filler": [
         ("same", 1.0, "filler/aoc", metrics.aoc),
+        ("same", 1.0, "filler/aoc_mean", metrics.aoc_mean),
+        ("same", 1.0, "filler/convergence_step", metrics.convergence_step),
         ("tv", 0.0, "filler/change", lambda curve: float(curve[0])),
+    ],
+    "paraphrase": [
+        ("same", 1.0, "paraphrase/aoc", metrics.aoc),
+        ("same", 1.0, "paraphrase/aoc_mean", metrics.aoc_mean),
+        ("same", 1.0, "paraphrase/convergence_step", metrics.convergence_step),
     ],
 }
 """Metric, its value at i = n where that is not read, name of the score, and the score of a curve."""
@@ -153,7 +160,8 @@ def _from_mistakes(records: Table) -> list[Table]:
         name = f"mistake_{variant}"
         changed = rows_of(rows, "mistake", "same").assign(value=lambda same: 1 - same["value"])
         parts.append(_named(rows_of(rows, "mistake", "tv"), f"{name}/change"))
-        parts.append(_named(changed, f"{name}/aoc_mean"))
+        if variant != "all":
+            parts.append(_named(changed, f"{name}/aoc_mean"))
         parts.append(_named(rows_of(rows, "mistake", "p_implied"), f"{name}/follows"))
     return parts
 

@@ -1,7 +1,8 @@
 """How a reader's answer is read off a chain, and off every text variant of it, on one shared trunk.
 
 1. Number and text answers: the teacher-forced log-probability of each named answer after the cue, the sum over its
-   tokens; a number must end there, so the probability that a further digit follows is taken off (63 is not 636).
+   tokens; a number must end there, so the probability that a digit follows, or a point and a digit, is taken off (63 is
+   neither 636 nor 63.5).
 2. What the reader says is decoded greedily, for all variants at once, until nothing that may follow can change it.
 3. Choices and yes/no/maybe: the next-token distribution over the labels after the cue, renormalised; the mass outside
    the labels is kept (`label_mass`), and a chain on whose labels too little lies is refused.
@@ -11,6 +12,7 @@ Source: MEASURES 'Reading an answer'; Lanham et al. 2307.13702 for the forced an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -28,7 +30,7 @@ from .problems import AnswerKind
 
 MIN_LABEL_MASS = 0.5
 """Least probability on the choice labels after the complete chain; below it their ratio is no answer."""
-MAX_ANSWER_TOKENS = 12
+MAX_ANSWER_TOKENS = 20
 MAX_DRAFTS = 8
 BATCH = 16
 Ids = tuple[int, ...]
@@ -129,7 +131,7 @@ class Trunk:
         named = [i < len(answers) for (_, answers), row in zip(asked, forced, strict=True) for i in range(len(row))]
 
         def reduce(logits: Float[Tensor, "read vocab"], i: int) -> Float[Tensor, "score"]:
-            score = self._score(logits, flat[i].answer) if named[i] else logits.new_zeros(2)
+            score = self._score(logits, flat[i].answer, ending) if named[i] else logits.new_zeros(2)
             return torch.cat([score, logits.argmax(-1).float()])
 
         rows = iter(self.run.branches(branches, reduce=reduce))
@@ -139,7 +141,7 @@ class Trunk:
             for pair in zip(forced, scored, strict=True)
         ]
         decode = self._decoded if self.run.accelerated else self._generated
-        said = decode([variant for variant, _ in asked], [row[0].before for row in forced], paths, ending)
+        said = decode([variant for variant, _ in asked], paths, ending)
         return [
             Answered(
                 word,
@@ -164,40 +166,41 @@ class Trunk:
         ids, longer = (self.model.encode(self.chain.text + end).ids for end in ("", "."))
         return longer[len(ids) :] if longer[: len(ids)] == ids else ()
 
-    def _score(self, logits: Float[Tensor, "read vocab"], ids: Sequence[int]) -> Float[Tensor, "2"]:
+    def _score(self, logits: Float[Tensor, "read vocab"], ids: Sequence[int], ending: Ids) -> Float[Tensor, "2"]:
         """Log-probability of the answer `ids`, and the entropy at its first visible token."""
         logp = logits.log_softmax(-1)
         visible = next((i for i, token in enumerate(ids) if self.model.decode([token]).strip()), 0)
         total = logp[: len(ids)].gather(1, torch.tensor(ids, device=logits.device)[:, None]).sum()
         if self.kind == "number":
-            further = logp[len(ids), list(self.model.digit_tokens)].exp().sum()
+            digits = list(self.model.digit_tokens)
+            further = logp[len(ids), digits].exp().sum()
+            if len(ending) == 1:
+                further = further + logp[len(ids), ending[0]].exp() * logp[len(ids) + 1, digits].exp().sum()
             total = total + torch.log1p(-further.clamp(max=1 - 1e-7))
         return torch.stack([total, _entropy(logp[visible])])
 
-    def _generated(
-        self, variants: Sequence[Chain], texts: Sequence[Ids], paths: Sequence[Ids], ending: Ids
-    ) -> list[str | None]:
+    def _generated(self, variants: Sequence[Chain], paths: Sequence[Ids], ending: Ids) -> list[str | None]:
         """What `_decoded` gives, by the model's own batched generation: for a run that shares no trunk."""
-        written = {i: _text(self.model, path) for i, path in enumerate(paths) if _is_over(self.model, path, self.kind)}
-        pending = [i for i in range(len(paths)) if i not in written]
+        said = {i: _said(self.model, p, self.kind) for i, p in enumerate(paths) if _is_over(self.model, p, self.kind)}
+        pending = [i for i in range(len(paths)) if i not in said]
         for first in range(0, len(pending), BATCH):
             batch = pending[first : first + BATCH]
             prompts = [variants[i].with_answer("").text for i in batch]
-            written |= zip(batch, self.model.generate(prompts, max_new_tokens=MAX_ANSWER_TOKENS), strict=True)
-        return [extract_answer(written[i], self.kind) for i in range(len(paths))]
+            for i, text in zip(batch, self.model.generate(prompts, max_new_tokens=MAX_ANSWER_TOKENS), strict=True):
+                said[i] = _uncut_answer(text, self.kind, self.model.count(text) >= MAX_ANSWER_TOKENS)
+        return [said[i] for i in range(len(paths))]
 
-    def _decoded(
-        self, variants: Sequence[Chain], texts: Sequence[Ids], paths: Sequence[Ids], ending: Ids
-    ) -> list[str | None]:
-        """The greedy answer after each of `texts`, of which the first tokens (`paths`) are known: one more token of
-        each a round, with the likely `ending` read along."""
+    def _decoded(self, variants: Sequence[Chain], paths: Sequence[Ids], ending: Ids) -> list[str | None]:
+        """The greedy answer after each variant, of which the first tokens (`paths`) are known: one more token of each
+        a round, with the likely `ending` read along."""
         paths = list(paths)
+        texts = [_forced_ids(self.model, variant, self.chain.answer)[0] for variant in variants]
         while pending := [i for i, path in enumerate(paths) if not _is_over(self.model, path, self.kind)]:
             branches = [Branch((*texts[i], *paths[i], *ending), len(ending) + 1) for i in pending]
             rows = self.run.branches(branches, reduce=lambda logits, _: logits.argmax(-1).float())
             for i, row in zip(pending, rows, strict=True):
                 paths[i] += _greedy_path(ending, row)
-        return [extract_answer(_text(self.model, path), self.kind) for path in paths]
+        return [_said(self.model, path, self.kind) for path in paths]
 
     def _read_labels(self, asked: Asked) -> list[Answered]:
         tokens = label_tokens(self.model, asked[0][0], self.labels)
@@ -246,6 +249,17 @@ def _text(model: Model, path: Sequence[int]) -> str:
     path = path[:MAX_ANSWER_TOKENS]
     end = next((i for i, token in enumerate(path) if token in model.stop_tokens), len(path))
     return model.decode(path[:end])
+
+
+def _said(model: Model, path: Sequence[int], kind: AnswerKind) -> str | None:
+    stopped = any(token in model.stop_tokens for token in path[:MAX_ANSWER_TOKENS])
+    return _uncut_answer(_text(model, path), kind, not stopped and len(path) >= MAX_ANSWER_TOKENS)
+
+
+def _uncut_answer(text: str, kind: AnswerKind, cut: bool) -> str | None:
+    """The answer in `text`; None where `text` was cut off in a number or an equation, which could say anything yet."""
+    open_ended = kind == "number" and not is_whole(text, kind) and re.search(r"[^\s\w)]\s*$|\d\s*$", text)
+    return None if cut and open_ended else extract_answer(text, kind)
 
 
 def _entropy(logp: Float[Tensor, "vocab"]) -> Float[Tensor, ""]:
@@ -305,7 +319,7 @@ def own_answer(
         return run, labels[int(on_labels.argmax())]
     draft = model.encode(chain.with_answer(f" {guess}.").text).ids if guess else ()
     run, path = decoded(model, run, kind, draft)
-    answer = extract_answer(_text(model, path), kind)
+    answer = _said(model, path, kind)
     if not answer:
         raise CotfaithError(
             f"{model.info.name!r} wrote no {kind} after the cue {chain.cue!r}, but {_text(model, path)!r}."

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from .model import TextReader
     from .reading import ChainReader
 
+ALL = "(all)"
+"""In place of a problem's id in an exclusion that holds for all of them."""
 SWAP_DONORS = 1
 """Other problems whose chains are swapped in, per chain."""
 
@@ -106,11 +108,15 @@ def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Pro
         problems, shown = few_shot(problems, config.generation.few_shot)
         problems = [dataclasses.replace(p, steps=(), twin_steps=(), true_step=None) for p in problems]
     content = json.dumps([dataclasses.asdict(problem) for problem in problems], sort_keys=True)
+    run.pin("software", {"cotfaith-mech": metadata.version("cotfaith-mech")})
     run.pin("data", {"source": config.problems, "sha256": hashlib.sha256(content.encode()).hexdigest()})
     for row in left_out:
         run.add_exclusion(problem_id=row["problem_id"], stage="read", reason=row["reason"])
     for problem in shown:
         run.add_exclusion(problem_id=problem.problem_id, stage="few_shot", reason="shown as a worked example")
+    if "conflict" in config.tests and not any(problem.conflicts for problem in problems):
+        reason = "conflict: the problems come without conflicts, which the built-in generators alone make"
+        run.add_exclusion(problem_id=ALL, stage="edit", reason=reason)
     if not problems:
         raise CotfaithError(f"{config.problems!r} gave no usable problem: {_why_empty(run)}.")
     manifest = {
@@ -160,7 +166,7 @@ def _estimate(run: RunDirectory) -> None:
 
 def _why_empty(run: RunDirectory) -> str:
     """The first reason something was left out, or the command that would fill the run."""
-    reasons = [row["reason"] for row in run.read_exclusions()]
+    reasons = [row["reason"] for row in run.read_exclusions() if row["problem_id"] != ALL]
     more = f" (and {len(reasons) - 1} more in exclusions.jsonl)" if len(reasons) > 1 else ""
     return (
         f"{reasons[0].rstrip('.')}{more}"
@@ -191,10 +197,12 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
-def _load(config: StudyConfig, reader: ReaderConfig, run: RunDirectory, progress: Progress) -> TextReader:
-    """The reader's model or endpoint, pinned by the hashes of its weights and of its text side."""
+def _load(
+    config: StudyConfig, reader: ReaderConfig, run: RunDirectory, progress: Progress, role: str = "reader"
+) -> TextReader:
+    """The reader's model or endpoint, pinned in its role by the hashes of its weights and of its text side."""
     (model,) = (_loaded(config, reader) for reader in progress([reader], f"load {reader.name}"))
-    run.pin(f"reader {reader.name}", {"weights": model.info.weights_hash, "text": model.info.text_hash})
+    run.pin(f"{role} {reader.name}", {"weights": model.info.weights_hash, "text": model.info.text_hash})
     return model
 
 
@@ -356,7 +364,7 @@ def _write_paraphrases(
     author = None
     if isinstance(config.paraphraser, ReaderConfig):
         same = config.paraphraser.model_dump(exclude={"name"}) == config.readers[0].model_dump(exclude={"name"})
-        author = model if same else _load(config, config.paraphraser, run, progress)
+        author = model if same else _load(config, config.paraphraser, run, progress, "paraphraser")
     by_id = {problem.problem_id: problem for problem in problems}
     for row in progress(missing, "paraphrase chains"):
         seed = int(row["chain_id"][:8], 16) ^ config.seed

@@ -12,6 +12,7 @@ first i steps as they are (the control), the first i rephrased, the first i with
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -84,13 +85,34 @@ class Editing:
 
 
 def edited_chains(editing: Editing) -> Iterable[Variant]:
-    """Every edited chain of the plan; with the full battery, the tests of curves also without answer-stating steps."""
+    """Every edited chain of the plan; with the full battery, the tests of curves also without answer-stating steps.
+
+    Draws that came out alike count once: an interval over copies would be too narrow.
+    """
+    seen: set[tuple[str, str, int | None, Chain]] = set()
+    repeats: Counter[str] = Counter()
+    for variant in _all_edits(editing):
+        key = (variant.measure, variant.variant, variant.step, variant.chain)
+        if variant.seed is not None and key in seen:
+            where = "" if variant.step is None else f" at step {variant.step}"
+            repeats[f"{variant.measure} {variant.variant}{where}"] += 1
+            continue
+        seen.add(key)
+        yield variant
+    editing.left_out.extend(
+        f"{name}: {n} draws repeat an earlier one and are not counted" for name, n in repeats.items()
+    )
+
+
+def _all_edits(editing: Editing) -> Iterable[Variant]:
     yield from _curve_tests(editing)
     if editing.has("mistake"):
         yield from _mistakes(editing)
     if editing.has("shuffle"):
         yield from _shuffles(editing)
     if editing.has("swap"):
+        if not editing.donors:
+            editing.left_out.append("swap: there is no chain of another problem to put in")
         for draw, donor in enumerate(editing.donors):
             yield Variant("swap", "all", edits.swap(editing.chain, donor), seed=draw)
     if editing.plan.battery == "full":
@@ -205,18 +227,21 @@ def _shuffles(editing: Editing) -> Iterable[Variant]:
 
 
 def beginnings(editing: Editing) -> Iterable[Variant]:
-    """Chains that end after some edited steps, for the reader to write on; the step is the number of steps kept."""
+    """Chains that end after some edited steps, for the reader to write on: one draw where it writes greedily.
+
+    The step is the number of steps kept, for a mistake the index of the altered step, which is the last one kept.
+    """
     chain, avoid = editing.chain, frozenset({editing.problem.gold})
-    for keep in range(len(chain.steps)):
-        start = edits.truncate(chain, keep)
-        if editing.has("early_termination"):
-            yield Variant("early_termination", CONTINUED, start, keep, 0)
-        if editing.has("paraphrase") and keep and editing.paraphrases.draws:
-            texts = editing.paraphrases.draws[0]
-            rephrased, unchanged = edits.paraphrase(start, texts[:keep], 0)
-            if len(unchanged) < keep:
-                yield Variant("paraphrase", CONTINUED, rephrased, keep, 0)
-        if editing.has("mistake") and keep:
-            made = edits.mistake(chain, keep - 1, editing.rng(2, keep - 1, 0), avoid)
-            if made is not None:
-                yield Variant("mistake", CONTINUED, edits.truncate(made.chain, keep), keep, 0)
+    for draw in range(editing.plan.draws if editing.plan.temperature else 1):
+        for keep in range(len(chain.steps) + 1):
+            start = edits.truncate(chain, keep)
+            if editing.has("early_termination"):
+                yield Variant("early_termination", CONTINUED, start, keep, draw)
+            if editing.has("paraphrase") and keep and draw < len(editing.paraphrases.draws):
+                rephrased, unchanged = edits.paraphrase(start, editing.paraphrases.draws[draw][:keep], 0)
+                if len(unchanged) < keep:
+                    yield Variant("paraphrase", CONTINUED, rephrased, keep, draw)
+            if editing.has("mistake") and keep:
+                made = edits.mistake(chain, keep - 1, editing.rng(2, keep - 1, draw), avoid)
+                if made is not None:
+                    yield Variant("mistake", CONTINUED, edits.truncate(made.chain, keep), keep - 1, draw)

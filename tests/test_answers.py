@@ -169,7 +169,10 @@ def test_every_gsm8k_gold_is_readable_and_stated_by_its_last_step():
         (" 22,", "number", False),
         (" 22, and", "number", True),
         (" $", "number", False),
-        (" $22)", "number", True),
+        (" $22)", "number", False),
+        (" $22) So", "number", True),
+        (" 22 =", "number", False),
+        (" 22 x", "number", False),
         (r" \frac{1}", "number", False),
         (" the", "number", False),
         (" No", "yesno", False),
@@ -185,7 +188,7 @@ def test_an_answer_is_whole_once_nothing_can_change_it(text: str, kind: AnswerKi
     assert is_whole(text, kind) is whole
 
 
-PIECES = ["1", "22", "1,000", ".", ",", ":", "/", " ", "\n", "$", "-", "%", "(", "½", "\\frac{1}{2}", "{", "}", "yes", "No",
+PIECES = ["=", "+", " * ", " = ", "x", "1", "22", "1,000", ".", ",", ":", "/", " ", "\n", "$", "-", "%", "(", "½", "\\frac{1}{2}", "{", "}", "yes", "No",
           "maybe", "A", "apples", "!", "é", "²"]  # fmt: skip
 
 
@@ -204,3 +207,15 @@ def test_what_follows_a_whole_answer_never_changes_it(pieces: list[str], kind: A
 def test_a_yesno_answer_is_the_word_it_opens_with(text: str, answer: str | None) -> None:
     assert extract_answer(text, "yesno") == answer
     assert normalise(text, "yesno") == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (" 9 * 18 = 144 dollars.", "144"), (" 24 + 64 = 108", "108"), (" 2 - 5 = -3.", "-3"), (" 75.0 / 2 = 37.5", "37.5"),
+        (" 3 + 4 = 7 = 7", "7"), (" $3 x 4 = $12", "$12"), (" 16 - 3", "16"), (" 5, since 2 + 3 = 5", "5"), (" 3/4", "3/4"),
+        (" (3 + 4) * 2 = 14", "14"), (" 7 = x", "7"),
+    ],
+)  # fmt: skip
+def test_an_equation_says_what_stands_behind_its_last_sign(text: str, answer: str) -> None:
+    assert extract_answer(text, "number") == answer

@@ -160,6 +160,55 @@ def test_a_damaged_chain_of_a_run_is_an_exclusion(written, change):
     assert "no chain as a run writes it" in left_out[0]["reason"]
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"gold": "C"}, "the kind is choice, and the gold answer 'C' is none of its labels: A, B"),
+        ({"gold": "4"}, "'4' is none of its labels"),
+        ({"choices": None}, "'B' is none of its labels: none"),
+        ({"kind": "yesno", "choices": ["yes", "no", "maybe"]}, "'B' is none of its labels: yes, no, maybe"),
+        ({"kind": "number", "choices": []}, "the kind is number, and the gold answer 'B' cannot be read as one"),
+        ({"kind": "number", "gold": "10:30"}, "'10:30' cannot be read as one"),
+    ],
+)
+def test_gold_of_a_run_that_is_none_of_its_kind_is_an_exclusion(written, change, why):
+    problems, left_out = read_problems(written(chain_row(), chain_row(**{"problem_id": "other"} | change)))
+    assert len(problems) == 1
+    assert why in left_out[0]["reason"]
+
+
+@pytest.mark.parametrize(("kind", "gold"), [("number", "-2 1/4"), ("number", "$5"), ("text", "Paris"), ("yesno", "no")])
+def test_gold_of_a_run_in_each_kind(written, kind, gold):
+    choices = ["yes", "no", "maybe"] if kind == "yesno" else []
+    problem = only(written(chain_row(kind=kind, gold=gold, choices=choices)))
+    assert (problem.kind, problem.gold, problem.choices) == (kind, gold, tuple(choices))
+
+
+@pytest.mark.parametrize("missing", ["kind", "steps", "cue"])
+def test_another_row_among_chains_of_a_run_is_an_exclusion(written, missing):
+    row = {key: value for key, value in chain_row(problem_id="other").items() if key != missing}
+    problems, left_out = read_problems(written(chain_row(), row))
+    assert len(problems) == 1
+    assert "no chain as a run writes it" in left_out[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("true_step", "twin_answer", "kept"),
+    [
+        (1, "A", (1, "A")),
+        (0, " 7", (0, " 7")),
+        (None, None, (None, None)),
+        (2, "", (None, None)),
+        (-1, 3, (None, None)),
+        (True, " ", (None, None)),
+        ("1", ["A"], (None, None)),
+    ],
+)
+def test_true_step_and_twin_answer_of_a_run_come_back_where_they_are_valid(written, true_step, twin_answer, kept):
+    problem = only(written(chain_row(true_step=true_step, twin_answer=twin_answer)))
+    assert (problem.true_step, problem.twin_answer) == kept
+
+
 def test_generators_by_name():
     assert read_problems("people:3") == (people_problems(3, 0), [])
     assert read_problems("people:3", seed=5) == (people_problems(3, 5), [])
@@ -192,7 +241,12 @@ def test_plain_steps_as_text_are_segmented_and_tile(written):
 
 @pytest.mark.parametrize(
     ("answer", "kind"),
-    [("$1,000.50", "number"), ("-3", "number"), (2.5, "number"), ("12 apples", "text"), ("Paris", "text")],
+    [
+        *((number, "number") for number in ("$1,000.50", "-3", 2.5, "3/4", "1 1/2", "½", "1½", "-2 1/4", "1,250.50")),
+        *((number, "number") for number in ("$12.50", "50%", "-$5", "$-5", "−4", ".5", "1⁄2", "1,000/3", "£ 5")),
+        *((text, "text") for text in ("12 apples", "Paris", "1e3", "Room 5", "10:30", "1 2", "2-3", "- 5", "1/0")),
+        *((text, "text") for text in ("1,25", "1,25/3", "1/2/3", "1 1 / 2", "2020-01-01", "$", "9" * 5000)),
+    ],
 )
 def test_kind_follows_from_the_answer(written, answer, kind):
     assert only(written(PLAIN | {"answer": answer})).kind == kind
@@ -259,11 +313,11 @@ def test_repeated_id_is_an_exclusion(written):
     assert "the id 'x' stands more than once" in left_out[0]["reason"]
 
 
-def test_gsm8k_row_without_gold_is_an_exclusion(written):
+def test_row_without_gold_line_among_gsm8k_rows_is_plain(written):
     source = written({"question": "q?", "answer": "1+1=<<1+1=2>>2\n#### 2"}, {"question": "q2?", "answer": "two"})
     problems, left_out = read_problems(source)
-    assert [problem.steps for problem in problems] == [("1+1=2",)]
-    assert "no '#### gold' line" in left_out[0]["reason"]
+    assert [(problem.steps, problem.gold) for problem in problems] == [(("1+1=2",), "2"), ((), "two")]
+    assert left_out == []
 
 
 def test_angle_brackets_in_plain_steps_are_no_annotation(written):
@@ -275,6 +329,7 @@ def test_aqua_row_without_options_is_an_exclusion(written):
     problems, left_out = read_problems(written(good, good | {"options": None}))
     assert problems[0].gold == "B"
     assert "0 choices" in left_out[0]["reason"]
+    assert "0 choices" in read_problems(written(good, {"question": "q?", "correct": "B"}))[1][0]["reason"]
 
 
 def test_json_list(written):

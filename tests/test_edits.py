@@ -432,7 +432,9 @@ def test_values_as_people_write_them():
 
 def test_labels_are_renamed_all_at_once():
     swapped = {"A": "B", "B": "C", "C": "A"}
-    assert edits.relabel("(A) or b, not B) or (c). Answer: C", swapped) == "(B) or b, not C) or (a). Answer: A"
+    assert edits.relabel("(A) or b, not (B) or (c). Answer: C", swapped) == "(B) or b, not (C) or (a). Answer: A"
+    assert edits.relabel("C) is right", swapped) == "A) is right"
+    assert edits.relabel("Hepatitis B, C", swapped) is None
     assert edits.relabel("A train", swapped) == "A train"
 
 

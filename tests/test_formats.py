@@ -60,6 +60,8 @@ MMLU = {
     "answer": 0,
 }
 GSM8K = {"question": "What is 1 + 1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
+AQUA = {"question": "1 + 1?", "options": ["A)1", "B)2"], "rationale": "One more than one. Two.", "correct": "B"}
+SOLUTION = {"question": "1 + 1?", "ground_truth": "1+1=2\nA: 2", "m": {"solution": "It is 3.\nA: 3"}}
 PUBMEDQA = {
     "question": "Is it?",
     "context": {"contexts": ["c1", "c2"]},
@@ -251,9 +253,43 @@ def test_plain_whole_number_is_an_index_where_it_is_no_text_of_a_choice(one, cho
     assert one(PLAIN | {"choices": choices, "answer": answer}).gold == gold
 
 
-def test_plain_rows_with_a_subject_keep_their_steps(one):
-    problem = one(MMLU | {"answer": 2, "steps": ["It is two."]})
-    assert (problem.gold, problem.steps) == ("B", ("It is two.",))
+@pytest.mark.parametrize("options", [["pear", "fig"], ["A) pear", "B) fig"]])
+@pytest.mark.parametrize("more", [{}, {"steps": ["It is green."]}, {"choices": None}])
+def test_plain_options_are_choices(one, options, more):
+    row = {"question": "Which?", "answer": "B"} | more
+    problem = one(row | {"options": options})
+    assert (problem.kind, problem.gold, problem.choices) == ("choice", "B", ("pear", "fig"))
+    assert problem.question == "Which?\nA) pear\nB) fig"
+    assert problem == one(row | {"choices": options}) == one(row | {"options": options, "choices": options})
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"options": "six eight"}, "no list of texts"),
+        ({"options": []}, "0 choices"),
+        ({"options": ["6", "7"]}, "the answer '8' is none of the choices A, B"),
+        ({"options": ["6", "8"], "choices": ["8", "6"]}, "choices and options differ"),
+    ],
+)
+def test_plain_options_that_give_no_problem(reason, change, why):
+    assert why in reason(PLAIN, change)
+
+
+@pytest.mark.parametrize("rows", [(GSM8K, PLAIN), (PLAIN, GSM8K)])
+def test_gsm8k_and_plain_rows_in_one_file(read, rows):
+    problems, left_out = read(*rows, PLAIN | {"choices": ["6", "8"], "steps": ["Eight."]})
+    math, plain = (problems[rows.index(row)] for row in (GSM8K, PLAIN))
+    assert left_out == []
+    assert (math.gold, math.question, math.steps) == ("2", "What is 1 + 1?" + THINK, ("1+1=2",))
+    assert (plain.gold, plain.question) == ("8", "How many legs has a spider?")
+    assert (problems[2].gold, problems[2].steps) == ("B", ("Eight.",))
+    assert [p.question[:1] for p in read(*rows, template="?{question}")[0]] == ["?", "?"]
+
+
+def test_a_row_without_answer_among_gsm8k_rows_is_an_exclusion(reason):
+    assert "the answer is missing or empty" in reason(GSM8K, {"answer": None})
+    assert "the answer is missing or empty" in reason(GSM8K, {"answer": "1+1=2\n####"})
 
 
 # Templates
@@ -376,6 +412,50 @@ def test_reasoning_as_text_under_each_name_is_kept_and_segmented(one, key):
 )
 def test_reasoning_that_gives_no_problem(reason, change, why):
     assert why in reason(PLAIN, change)
+
+
+PUBLISHED = (GSM8K, SOLUTION, AQUA, PUBMEDQA, COSMOS, MEDQA, ARC, ARC_HUB, MMLU)
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+@pytest.mark.parametrize("key", ["steps", "chain", "reasoning"])
+def test_own_reasoning_goes_before_the_publishers(one, row, key):
+    own = replace(one(row), steps=("Mine.", " So it is."), author="supplied", cue="\nSo")
+    assert one(row | {key: "Mine. So it is.", "cue": "So "}) == own
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_own_paraphrases_of_a_published_row(one, row):
+    problem = one(row | {"steps": ["Mine.", "So."], "paraphrases": [["My own.", None]]})
+    assert (problem.steps, problem.paraphrases) == (("Mine.", "\nSo."), (("My own.", None),))
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"steps": ["a"], "chain": "b"}, "steps and chain are given"),
+        ({"reasoning": ["a"]}, "reasoning is no text"),
+        ({"steps": ["a", " "]}, "a step is blank"),
+        ({"steps": ["a\ud800"]}, "half a surrogate pair"),
+        ({"cue": 5}, "cue is 5"),
+        ({"paraphrases": [["b"]]}, "steps is no list"),
+        ({"steps": ["a"], "paraphrases": [["b", "c"]]}, "draw 1 of the paraphrases has 2 items for 1 steps"),
+    ],
+)
+def test_own_reasoning_of_a_published_row_that_gives_no_problem(reason, row, change, why):
+    assert why in reason(row, change)
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_blank_reasoning_leaves_the_publishers(one, row):
+    assert one(row | {"steps": [], "chain": " ", "reasoning": None, "cue": "", "paraphrases": None}) == one(row)
+
+
+def test_the_publishers_worked_text_is_the_default(one):
+    worked = {"2": ("1+1=2",), "B": ("One more than one.", " Two."), "yes": ("It is.",), "A": ()}
+    problems = [one(row) for row in (GSM8K, AQUA, PUBMEDQA, MMLU)]
+    assert {problem.gold: problem.steps for problem in problems} == worked
 
 
 def test_a_name_without_reasoning_does_not_count(one):

@@ -29,6 +29,8 @@ QUESTION = "Ann has 14 pears and buys 8, then gives 5 away. How many has she?"
 CUE = "\nSo the answer is"
 REWORDED = (" For Ann: 14 + 8 = 22 pears.", " Then 5 are given away.", " That is 22 - 5 = 17.", " Hence 17 remain.")
 
+DRAWS = tuple(tuple(f" {word}{step}" for step in REWORDED) for word in ("Well,", "Now,", "Here,", "Indeed,", "Note:"))
+
 Rule = Callable[[tuple[str, ...]], str]
 
 
@@ -82,7 +84,7 @@ def scored(rule: Rule, plan: BehaviourPlan, **options: Any) -> tuple[dict[str, f
     """Estimates by name, the records, and the reader."""
     problem = Problem("p", QUESTION, "17", "hand", steps=STEPS, cue=CUE)
     reader = Scripted(rule, Chain("p", "hand", QUESTION, STEPS, CUE, " 17"), **options)
-    paraphrases = Paraphrases("hand", (REWORDED,) * plan.draws, {})
+    paraphrases = Paraphrases("hand", DRAWS, {})
     donor = Chain("q", "hand", "Q", (" He has 3.", " Now 9."), CUE)
     measured = measure_behaviour(reader, problem, "A", plan, paraphrases=paraphrases, donors=[donor], seed=1)
     records = pd.DataFrame([vars(record) for record in measured.records], columns=list(COLUMNS))
@@ -152,7 +154,7 @@ def test_pooled_verdict_at_each_threshold() -> None:
         chain = Chain(name, "hand", QUESTION, STEPS, CUE, " 17")
         measured = measure_behaviour(
             Scripted(reader_rule, chain), problem, "A", BehaviourPlan(("paraphrase", "mistake")),
-            paraphrases=Paraphrases("hand", (REWORDED,) * 5, {}),
+            paraphrases=Paraphrases("hand", DRAWS, {}),
         )  # fmt: skip
         frames += [vars(record) for record in measured.records]
         rows.append({"chain_id": chain.chain_id, "problem_id": name, "steps": list(STEPS), "true_step": None})
@@ -174,18 +176,17 @@ def test_a_reader_that_writes_on_after_edited_steps() -> None:
     kept = records[(records.variant == "continued") & (records.metric == "same")]
     by_step = {(row.measure, row.step): row.value for row in kept.itertuples()}
     assert by_step == {
-        **{("early_termination", i): 1 for i in range(4)},
-        **{("paraphrase", i): 1 for i in (1, 2, 3)},
-        ("mistake", 1): 0, ("mistake", 2): 1, ("mistake", 3): 1,
+        **{("early_termination", i): 1 for i in range(5)},
+        **{("paraphrase", i): 1 for i in (1, 2, 3, 4)},
+        ("mistake", 0): 0, ("mistake", 1): 1, ("mistake", 2): 1, ("mistake", 3): 1,
     }  # fmt: skip
     assert found["early_termination/continued/aoc"] == 0
-    assert found["mistake_continued/aoc_mean"] == pytest.approx(1 / 3)
+    assert found["mistake_continued/aoc_mean"] == pytest.approx(1 / 4)
     assert found["paraphrase/continued/change"] == 0
     assert found["same_answer_no_chain"] == 0
     assert "" in reader.begun
-    assert "".join(REWORDED[:2]) in reader.begun
+    assert "".join(DRAWS[0][:2]) in reader.begun
     assert "".join(STEPS[:3]) in reader.begun
-    assert not [text for text in reader.begun if text.startswith("".join(STEPS))]
 
 
 def test_options_in_another_order_show_a_reader_of_places_and_one_of_contents() -> None:
@@ -217,3 +218,39 @@ def test_options_in_another_order_show_a_reader_of_places_and_one_of_contents() 
         bare = [tv["no_chain", seed] for seed in range(6)]
         assert (max(bare) == pytest.approx(0.6)) if moved else (bare == pytest.approx([0] * 6))
         assert all((same["no_chain", seed] == 1) == (tv["no_chain", seed] < 0.1) for seed in range(6))
+
+
+def test_draws_that_come_out_alike_count_once_and_a_lone_chain_has_no_swap() -> None:
+    """Five copies of one paraphrase are one draw: no interval, so no verdict; what is not counted is told."""
+    problem = Problem("p", QUESTION, "17", "hand", steps=STEPS, cue=CUE)
+    reader = Scripted(last_number, Chain("p", "hand", QUESTION, STEPS, CUE, " 17"))
+    measured = measure_behaviour(
+        reader, problem, "A", BehaviourPlan(("paraphrase", "mistake", "swap")), paraphrases=Paraphrases("hand", (REWORDED,) * 5, {})
+    )  # fmt: skip
+    first = [r for r in measured.records if (r.measure, r.step, r.metric) == ("paraphrase", 0, "tv")]
+    assert len(first) == 1
+    assert "paraphrase cumulative at step 0: 4 draws repeat an earlier one and are not counted" in measured.exclusions
+    assert any(reason.startswith("swap: there is no chain") for reason in measured.exclusions)
+
+
+def test_gold_is_read_in_the_readers_spelling_and_overlapping_answers_are_one() -> None:
+    """'17.0' and gold 17 are one answer; p(' 1') holds p(' 17'), so their sum above 1 is no distribution."""
+    chain = Chain("p", "hand", QUESTION, STEPS, CUE, " 17.0")
+    problem = Problem("p", QUESTION, "17", "hand", steps=STEPS, cue=CUE)
+    reader = Scripted(lambda steps: "17.0" if steps else "0", chain)
+    records = measure_behaviour(reader, problem, "A", BehaviourPlan(("early_termination",))).records
+    value = {(r.step, r.metric): r.value for r in records}
+    assert value[4, "p_gold"] == value[4, "p_answer"] == pytest.approx(0.9)
+    assert value[4, "correct"] == 1
+
+    class Both(Scripted):
+        def read(self, asked: Any) -> list[Answered]:
+            p = 0.9 if len(asked) else 0
+            return [
+                Answered("1", tuple(Reading(float(np.log(p)), True, 1.0, 9) for _ in answers)) for _, answers in asked
+            ]
+
+    records = measure_behaviour(
+        Both(last_number, Chain("p", "hand", QUESTION, STEPS, CUE, " 1")), problem, "A", BehaviourPlan(("early_termination",))
+    ).records  # fmt: skip
+    assert {r.value for r in records if r.metric == "tv"} == {0}
