@@ -46,8 +46,9 @@ def outcomes(records: Table, chains: Chains) -> Table:
 
 
 def _named(rows: Table, name: str) -> Table:
-    """Mean value of each chain's `rows`, under one name."""
-    means = rows.groupby(UNIT, sort=True)["value"].mean().reset_index()
+    """Mean value of each chain's `rows` under one name; each step counts once, however many draws it has."""
+    of_step = rows.groupby([*UNIT, "step"], sort=True, dropna=False)["value"].mean()
+    means = of_step.groupby(UNIT).mean().reset_index()
     return means.assign(name=name)
 
 
