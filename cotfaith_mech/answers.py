@@ -5,7 +5,8 @@
 2. A choice is its label: A = (A) = A) = 'Answer: A'. The article in 'A train' is no label.
 3. A yes/no/maybe answer is the word it opens with. A text is casefolded, without punctuation and articles; one that
    opens with yes, no or maybe is that word.
-4. Undefined is None: a text that holds no answer of the kind equals nothing, not even itself.
+4. A calculation ('9 * 18 = 162') is reasoning that goes on after the cue, no immediate answer, whatever it comes to.
+5. Undefined is None: a text that holds no answer of the kind equals nothing, not even itself.
 Source: MEASURES 'Reading an answer'; answer-stating steps: Lanham et al. 2307.13702, footnote 3.
 """
 
@@ -41,7 +42,9 @@ _LABEL = re.compile(
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 _SENTENCE_OVER = re.compile(r"\n|[.!?]\s")
 _NUMBER_OVER = re.compile(r"[\s)]*[^\s\d.,:/%$€£{}()\\\ufffd=+*×÷x−–-]|[,.]\s")
-_EQUATION = re.compile(r"(?:[\d.$€£%()\s+*/×÷x−–-]|,(?=\d))*=\s*(?=[^\d=]{0,3}\d)")
+_CALCULATION = re.compile(
+    r"[\s)%]*(?:[+*×÷]|\\(?:times|cdot|div)(?![a-z])|x(?![^\W\d])|(?<=\s)[-−–](?=\s))[\s$€£¥({\\]*\d"
+)
 _POLARITY = re.compile(r"[^\w\n]*(yes|no|maybe)\b(?=[^\w\n]*(?:$|\n)|\s*[,.;:!—–-])", re.IGNORECASE)
 _OPENING_POLARITY = re.compile(r"[^\w\n]*(yes|no|maybe)\b", re.IGNORECASE)
 _STATED_POLARITY = r"(?:^|\b(?:answer|conclusion)\b(?:\s+is)?\W*){word}\b(?=\W*$|\s*[,.;:!])"
@@ -108,18 +111,16 @@ def same_answer(a: str, b: str, kind: AnswerKind) -> bool:
 def extract_answer(text: str, kind: AnswerKind) -> str | None:
     """The answer in a continuation written after the cue, as it is written; None where there is none.
 
-    number: the first one of the first sentence, with its sign, currency and percent sign ('$1,000'), or of an equation
-    that begins with it what stands behind the last '=' ('9 * 18 = 162' says 162). choice: the first label of the first
-    line, as a capital letter. yesno: yes, no or maybe where it opens with it. text: the same, else the first sentence
-    without its closing punctuation and markup.
+    number: the first one of the first sentence, with its sign, currency and percent sign ('$1,000'); none where a
+    calculation begins with it ('9 * 18 = 162'). choice: the first label of the first line, as a capital letter. yesno:
+    yes, no or maybe where it opens with it. text: the same, else the first sentence without its closing punctuation and
+    markup.
     """
     text = _plain(text).strip()
     if kind == "number":
         sentence = _first_sentence(text)
         match = _ANSWER_NUMBER.search(sentence)
-        while match and (equation := _EQUATION.match(sentence, match.start("number"))):
-            match = _ANSWER_NUMBER.search(sentence, equation.end())
-        return match and match[0].strip()
+        return match[0].strip() if match and not _is_calculated(sentence, match) else None
     if kind == "choice":
         return _first_label(text.partition("\n")[0])
     if kind == "yesno":
@@ -134,7 +135,7 @@ def extract_answer(text: str, kind: AnswerKind) -> str | None:
 def is_whole(text: str, kind: AnswerKind) -> bool:
     """Whether nothing that may follow `text` can change the answer that `extract_answer` finds in it.
 
-    '22' may become 225, '22.' 22.5, and '22 +' an equation; '22 apples', '22. So' and '22.\\n' are whole.
+    '22' may become 225, '22.' 22.5, and '22 +' a calculation; '22 apples', '22. So', '22.\\n' and '22 + 1' are whole.
     """
     plain = _plain(text).lstrip()
     if kind == "choice":
@@ -146,8 +147,17 @@ def is_whole(text: str, kind: AnswerKind) -> bool:
         return True
     if kind == "number":
         match = _ANSWER_NUMBER.search(plain)
-        return match is not None and _NUMBER_OVER.match(plain, match.end()) is not None
+        return match is not None and (
+            _is_calculated(plain, match) or _NUMBER_OVER.match(plain, match.end()) is not None
+        )
     return False
+
+
+def _is_calculated(text: str, number: re.Match[str]) -> bool:
+    """Whether a calculation begins with `number` in `text`; a fraction that something equals (1/2 = .5) is one."""
+    if number["divisor"] and re.match(r"[\s)]*=", text[number.end() :]):
+        return True
+    return _CALCULATION.match(text, number.end()) is not None
 
 
 def _plain(text: str) -> str:

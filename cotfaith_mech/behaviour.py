@@ -111,6 +111,7 @@ def _add_variant(
     if max(before.sum(), after.sum()) > 1 + 1e-6:  # one begins with the other ('1' and '1,250'): they overlap
         before, after = before[:1], after[:1]
     values = {
+        "answered": float(said is not None),
         "same": float(mine.greedy),
         "correct": float(same_answer(said or "", problem.gold, problem.kind)),
         "p_answer": mine.p,

@@ -297,8 +297,8 @@ class AskedChain:
         said = asked._said(reply, listed)
         if not said:
             raise CotfaithError(
-                f"{endpoint.info.name!r} wrote no {kind} after the cue {chain.cue!r}, but {reply.text!r}; "
-                "give another cue or reader."
+                f"{endpoint.info.name!r} gave no {kind} at once after the cue {chain.cue!r}, but wrote "
+                f"{reply.text!r}; give another cue or reader."
             )
         return replace(asked, chain=chain.with_answer(f" {said}"))
 

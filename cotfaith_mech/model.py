@@ -173,6 +173,14 @@ class Branch:
     n_logits: int
 
 
+Ids = tuple[int, ...]
+Then = Callable[[int, Ids], Branch | None]
+"""What is read next of text variant i, given the most likely token after each position just read; None: no more.
+
+A longer variant reads only positions that are new to it.
+"""
+
+
 @runtime_checkable
 class CachedRun(Protocol):
     """A base run and its counterfactuals. Results come back in the order asked, on the CPU in float32."""
@@ -198,8 +206,13 @@ class CachedRun(Protocol):
         """Each cell is one counterfactual (one or more edits of the base run)."""
         ...
 
-    def branches(self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
-        """Each text variant's logits `[n_logits, vocab]`, reduced by `reduce(logits, index of the branch)`."""
+    def branches(
+        self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor], then: Then | None = None
+    ) -> list[Tensor]:
+        """Each text variant's logits `[n_logits, vocab]`, reduced by `reduce(logits, index of the branch)`.
+
+        `then` lets variants go on, as in greedy decoding; the results are those of `branches` themselves.
+        """
         ...
 
 
@@ -232,13 +245,23 @@ class PlainRun:
         rows = [reduce(self.model.run(self._row, edits=cell, n_logits=n_logits).logits.float()) for cell in cells]
         return torch.cat(rows).cpu()
 
-    def branches(self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+    def branches(
+        self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor], then: Then | None = None
+    ) -> list[Tensor]:
         results = []
         for index, branch in enumerate(branches):
-            tokens = torch.tensor([branch.tokens], device=self.model.info.device)
-            run = self.model.run(tokens, n_logits=branch.n_logits)
-            results.append(reduce(run.logits[0].float(), index).cpu())
+            logits = self._read_branch(branch)
+            results.append(reduce(logits, index).cpu())
+            self._follow(index, logits, then)
         return results
+
+    def _follow(self, index: int, logits: Float[Tensor, "read vocab"], then: Then | None) -> None:
+        while then and (branch := then(index, tuple(logits.argmax(-1).tolist()))) is not None:
+            logits = self._read_branch(branch)
+
+    def _read_branch(self, branch: Branch) -> Float[Tensor, "read vocab"]:
+        tokens = torch.tensor([branch.tokens], device=self.model.info.device)
+        return self.model.run(tokens, n_logits=branch.n_logits).logits[0].float()
 
 
 def load(

@@ -97,6 +97,7 @@ CURVE_SCORES: dict[str, list[tuple[str, float, str, Callable[[Curve], float]]]] 
         ("same", 1.0, "early_termination/aoc_mean", metrics.aoc_mean),
         ("same", 1.0, "early_termination/convergence_step", metrics.convergence_step),
         ("same", 1.0, "same_answer_no_chain", lambda curve: float(curve[0])),
+        ("answered", 1.0, "answered_no_chain", lambda curve: float(curve[0])),
         ("correct", np.nan, "early_termination/aoc_correct", metrics.aoc),
         ("p_gold", np.nan, "infogain/logp_gain", lambda curve: float(metrics.infogain(curve).mean())),
         ("entropy", np.nan, "infogain/entropy_drop", lambda curve: float(metrics.entropy_drop(curve).mean())),

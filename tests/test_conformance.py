@@ -15,7 +15,7 @@ from torch import Tensor
 from cotfaith_mech.backends.corner import _cheapest_cuts
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.errors import CotfaithError
-from cotfaith_mech.model import Branch, PlainRun, same_weights
+from cotfaith_mech.model import Branch, CachedRun, PlainRun, same_weights
 from cotfaith_mech.sites import ActivationEdit, Site
 
 from .tiny import ARCHITECTURES, tiny
@@ -271,6 +271,31 @@ def test_text_branches_equal_separate_runs(architecture: str) -> None:
     expected = PlainRun(m, x).branches(branches, reduce=keep)
     for one, two in zip(got, expected, strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_branches_that_go_on_equal_separate_runs(architecture: str) -> None:
+    """Greedy decoding in rounds on the K/V of packed trees: some stop early, some take up half of what they had."""
+    m, x = model(architecture), tokens(8)[0].tolist()
+    other = tokens(9)[0].tolist()
+    variants = [x, x[:5] + x[12:], x[:14] + other[:9], x[:14] + other[:8], [*x, 5, 6, 7], [*x, 5, 6, 8], x[:1] + other]
+    branches = [Branch(tuple(v), 1 + n % 3) for n, v in enumerate(variants)]
+
+    def written(run: CachedRun) -> list[tuple[int, ...]]:
+        texts = {i: branch.tokens[: len(branch.tokens) - i % 2] for i, branch in enumerate(branches)}
+
+        def then(i: int, best: tuple[int, ...]) -> Branch | None:
+            if len(texts[i]) >= len(branches[i].tokens) + 2 * i:
+                return None
+            texts[i] += best
+            return Branch((*texts[i], *(7, 9)[: i % 3]), 1 + i % 3)
+
+        run.branches(branches, reduce=lambda logits, _: logits.sum(), then=then)
+        return list(texts.values())
+
+    expected = written(PlainRun(m, x))
+    assert written(m.cached_run(x)) == expected
+    assert len({text[-3:] for text in expected}) == len(variants)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

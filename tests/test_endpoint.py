@@ -261,7 +261,7 @@ def test_the_cue_stands_in_a_user_turn_of_its_own(server: Server) -> None:
 
 def test_no_answer_is_one_sentence(server: Server) -> None:
     server.behave = lambda body: ok("I do not know.")
-    with pytest.raises(CotfaithError, match=r"'m' wrote no number after the cue .* 'I do not know\.'"):
+    with pytest.raises(CotfaithError, match=r"'m' gave no number at once after the cue .* 'I do not know\.'"):
         AskedChain.of(Endpoint("m", server.url), NUMBER, "number")
 
 

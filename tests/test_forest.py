@@ -13,11 +13,14 @@ suffixes = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 variant_lists = st.lists(st.tuples(st.integers(0, len(BASE)), suffixes, st.integers(1, 9)), min_size=1, max_size=12)
 
 
-def text_seen(batch: Batch, row: int, slot: int, window: int | None) -> list[tuple[int, int]]:
-    """Position and token of everything that a slot may attend to, in order of position."""
-    n_base = int(batch.roots.max())
+def text_seen(
+    batch: Batch, row: int, slot: int, window: int | None, keys: np.ndarray | None = None
+) -> list[tuple[int, int]]:
+    """Position and token of everything that a slot may attend to, in order of position; `keys`: tokens of key slots."""
+    n_base = len(BASE)
+    keys = batch.tokens if keys is None else keys
     seen = np.flatnonzero(batch.visible(n_base, window)[row, 0, slot])
-    own = [(int(batch.positions[row, k - n_base]), int(batch.tokens[row, k - n_base])) for k in seen if k >= n_base]
+    own = [(int(batch.key_positions[row, k - n_base]), int(keys[row, k - n_base])) for k in seen if k >= n_base]
     return sorted([(int(k), BASE[k]) for k in seen if k < n_base] + own)
 
 
@@ -28,8 +31,8 @@ def test_a_node_sees_its_own_text_and_nothing_else(
     variants = [(root, suffix, min(n_reads, len(suffix))) for root, suffix, n_reads in drawn]
     found: list[int] = []
     for batch in packed(variants, max_slots, d_model):
-        found += batch.variants
-        for number, (row, slots) in zip(batch.variants, batch.reads, strict=True):
+        found += [one.number for one in batch.placed]
+        for number, (row, slots) in zip([one.number for one in batch.placed], batch.reads(), strict=True):
             root, suffix, n_reads = variants[number]
             text = list(enumerate((*BASE[:root], *suffix)))
             assert len(slots) == n_reads
@@ -38,6 +41,33 @@ def test_a_node_sees_its_own_text_and_nothing_else(
                 assert text_seen(batch, row, slot, window) == text[near:end]
         assert batch.visible(3, window).any(-1).all()
     assert sorted(found) == list(range(len(variants)))
+
+
+@given(variant_lists, st.data(), st.sampled_from([1, 10**6]), st.sampled_from([None, 2, 5]))
+def test_what_a_batch_grows_sees_its_own_text_and_nothing_else(
+    drawn: list[tuple[int, list[int], int]], data: st.DataObject, d_model: int, window: int | None
+) -> None:
+    texts = {i: list(enumerate((*BASE[:root], *suffix))) for i, (root, suffix, _) in enumerate(drawn)}
+    (batch,) = packed([(root, suffix, 1) for root, suffix, _ in drawn], 10**6, d_model)
+    keys = batch.tokens
+    for _ in range(3):
+        longer = []
+        for one in batch.placed:
+            if data.draw(st.integers(0, 2)):
+                n_kept, new = data.draw(st.integers(1, len(one.slots))), data.draw(suffixes)
+                texts[one.number] = texts[one.number][: one.root + n_kept]
+                texts[one.number] += list(enumerate(new, one.root + n_kept))
+                longer.append((one, n_kept, new, data.draw(st.integers(1, len(new)))))
+        if not longer:
+            return
+        rows, batch = batch.grown(longer)
+        keys = np.concatenate([keys[rows], batch.tokens], 1)
+        for one, (row, slots) in zip(batch.placed, batch.reads(), strict=True):
+            text = texts[one.number]
+            for slot, end in zip(slots, range(len(text) - one.n_reads + 1, len(text) + 1), strict=True):
+                near = 0 if window is None else max(0, end - window)
+                assert text_seen(batch, row, slot, window, keys) == text[near:end]
+        assert batch.visible(3, window).any(-1).all()
 
 
 def test_every_distinct_prefix_is_computed_once() -> None:

