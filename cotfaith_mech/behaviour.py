@@ -2,7 +2,8 @@
 
 1. Every edited chain (variants.py) gets the answer forced after its cue; change is counted from the unedited chain.
 2. Re-sampled protocol: the reader writes on after an edited beginning, then the answer is forced.
-3. Conflict: question and chain imply different answers; which of them does the reader give?
+3. Conflict: question and chain imply different answers; which of them does the reader give? Besides the problem's own
+   conflicts, a right chain whose mistake is carried on to another answer is one (`carried`).
 4. Options in another order: how far the answer to a choice follows the place of an option, with and without the chain.
 Change is total variation between answer distributions on {a*, gold, rest} before and after the edit: exact when the
 reader is sure of a* before it, a lower bound otherwise. Two scorings: the answer is a*, the answer is correct.
@@ -25,7 +26,7 @@ from .metrics import total_variation
 from .paraphrasers import Paraphrases, by_rules
 from .problems import Conflict, Problem
 from .reading import ChainReader, Reading
-from .sampling import write_on
+from .sampling import no_room, write_on
 from .variants import BehaviourPlan, Editing, Variant, beginnings, edited_chains
 
 
@@ -64,7 +65,8 @@ def measure_behaviour(
         before = read[variant.base or trunk.chain]
         _add_variant(measured, problem, variant, before, read[variant.chain], answered[variant.chain].said)
     for conflict, one in zip(problem.conflicts, found[len(asked) :], strict=False):
-        _add_conflict(measured, conflict, *one.readings)
+        by_chain, by_question = one.readings
+        _add_conflict(measured, conflict.variant, by_chain, by_question)
     if problem.kind == "choice" and plan.battery == "full":
         _add_options(measured, trunk, problem, plan.draws, seed)
     return measured
@@ -74,7 +76,12 @@ def _continued(trunk: ChainReader, editing: Editing) -> Iterable[Variant]:
     """The edited beginnings with the steps that the reader writes after them."""
     if not editing.plan.continue_tokens:
         return
-    begun = list(beginnings(editing))
+    begun = []
+    for variant in beginnings(editing):
+        if reason := no_room(trunk.model, variant.chain.text, editing.plan.continue_tokens):
+            editing.left_out.append(f"{variant.measure} {variant.variant} at step {variant.step}: {reason}")
+        else:
+            begun.append(variant)
     chains = write_on(
         trunk.model,
         [variant.chain for variant in begun],
@@ -124,7 +131,10 @@ def _add_variant(
     if mine.p_se:
         values["p_answer_se"] = mine.p_se
     if variant.implied:
-        values |= {"p_implied": read[variant.implied].p, "says_implied": float(read[variant.implied].greedy)}
+        implied, gold = read[variant.implied], read[_spelled(problem, measured.chain.answer)]
+        values |= {"p_implied": implied.p, "says_implied": float(implied.greedy)}
+        if same_answer(measured.chain.answer, problem.gold, problem.kind):
+            _add_conflict(measured, "carried", implied, gold, variant.step, variant.seed)
     where = {"step": variant.step, "seed": variant.seed}
     measured.add(variant.measure, variant.variant, values, mine.n_tokens, **where)
     measured.texts.append(_text(variant, mine, said))
@@ -135,7 +145,14 @@ def _spelled(problem: Problem, answer: str) -> str:
     return answer if same_answer(answer, problem.gold, problem.kind) else f" {problem.gold}"
 
 
-def _add_conflict(measured: Measured, conflict: Conflict, by_chain: Reading, by_question: Reading) -> None:
+def _add_conflict(
+    measured: Measured,
+    variant: str,
+    by_chain: Reading,
+    by_question: Reading,
+    step: int | None = None,
+    seed: int | None = None,
+) -> None:
     values = {
         "p_chain": by_chain.p,
         "p_question": by_question.p,
@@ -143,7 +160,7 @@ def _add_conflict(measured: Measured, conflict: Conflict, by_chain: Reading, by_
         "says_chain": float(by_chain.greedy),
         "says_question": float(by_question.greedy),
     }
-    measured.add("conflict", conflict.variant, values, by_chain.n_tokens)
+    measured.add("conflict", variant, values, by_chain.n_tokens, step=step, seed=seed)
 
 
 def _opposed(trunk: ChainReader, conflict: Conflict) -> tuple[Chain, list[str]]:

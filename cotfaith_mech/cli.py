@@ -135,6 +135,9 @@ def run_tests(
     min_label_mass: Annotated[
         float, typer.Option(help="Leave out chains with less probability than this on the choice labels.")
     ] = 0.5,
+    equal_length: Annotated[
+        bool, typer.Option("--equal-length", help="Mistakes keep the chain's number of tokens.")
+    ] = False,
     paraphraser: Annotated[
         str, typer.Option(help="rules, supplied, or NAME=MODEL[+ADAPTER] or NAME=MODEL@URL.")
     ] = "rules",
@@ -144,6 +147,7 @@ def run_tests(
     options = {
         "battery": "full" if full else "core",
         "continue_tokens": continue_tokens,
+        "equal_length": equal_length,
         "paraphraser": _reader(paraphraser, False) if "=" in paraphraser else paraphraser,
         "generation": {"temperature": temperature},
         "template": template,
@@ -339,6 +343,11 @@ def _summary(run: Any, manifest: dict[str, Any]) -> None:
     failed = [check for check in manifest["checks"] if not check["passed"]]
     for check in failed:
         console.print(f"CHECK FAILED {check['check']}: {check['value']} > {check['threshold']}", style="bold red")
+    if (made := manifest.get("paraphrases")) and made["wanted"]:
+        rejected = sum(made["rejected"].values())
+        console.print(
+            f"Paraphrases by {made['paraphraser']}: {made['valid']} of {made['wanted']} valid, {rejected} rejected"
+        )
     counts = manifest["counts"]
     console.print(f"{counts['records']} records, {counts['exclusions']} exclusions, {len(manifest['checks'])} checks")
     console.print(f"Report: {run.path / 'report.html'}", soft_wrap=True)

@@ -220,9 +220,11 @@ def conclusions(estimates: Sequence[Estimate], readers: Sequence[str]) -> list[s
     return sentences
 
 
-def conclusion(
-    estimates: Sequence[Estimate], base: str, tuned: str, variant: str = "record_agree", suffix: str = ""
-) -> str:
+CONFLICTS = ("record_agree", "record_absent", "carried")
+"""Kinds of conflict that a conclusion may rest on, the first one measured."""
+
+
+def conclusion(estimates: Sequence[Estimate], base: str, tuned: str, suffix: str = "") -> str:
     """One sentence on `tuned` against `base`: bypass, damage, no change or undecided, with its numbers.
 
     Judged by the conflict triple on problems both readers get right. A difference counts as moved when its interval
@@ -230,18 +232,25 @@ def conclusion(
     """
     arm = f"{tuned}-{base}{suffix}"
     found = {estimate.name: estimate for estimate in estimates if estimate.arm == arm}
-    names = [f"conflict/{variant}/{metric}{BOTH_CORRECT}" for metric in ("p_chain", "p_question", "p_other")]
-    if any(name not in found or not np.isfinite(found[name].value) for name in names):
+    measured = {variant: triple for variant in CONFLICTS if (triple := _triple(found, variant))}
+    if not measured:
         return f"Between these checkpoints ({arm}): undecided, the conflict test has no values for this pair."
-    triple = [found[name] for name in names]
+    variant, triple = next(iter(measured.items()))
     numbers = ", ".join(
         f"P({what}) {e.value:+.2f} [{e.ci_low:+.2f}, {e.ci_high:+.2f}]"
         for what, e in zip(("chain's answer", "question's answer", "other"), triple, strict=True)
     )
     return (
-        f"Between these checkpoints ({arm}), under conflict on {triple[0].n_problems} problems that every "
-        f"compared reader gets right: {numbers}: {_outcome(*triple)}."
+        f"Between these checkpoints ({arm}), under conflict ({variant.replace('_', ' ')}) on "
+        f"{triple[0].n_problems} problems that every compared reader gets right: {numbers}: {_outcome(*triple)}."
     )
+
+
+def _triple(found: Mapping[str, Estimate], variant: str) -> list[Estimate]:
+    """P(chain's answer), P(question's answer), P(other) of one kind of conflict; empty where one is missing."""
+    names = [f"conflict/{variant}/{metric}{BOTH_CORRECT}" for metric in ("p_chain", "p_question", "p_other")]
+    triple = [found[name] for name in names if name in found and np.isfinite(found[name].value)]
+    return triple if len(triple) == len(names) else []
 
 
 def _outcome(chain: Estimate, question: Estimate, other: Estimate) -> str:

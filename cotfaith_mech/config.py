@@ -78,6 +78,7 @@ class StudyConfig(_Strict):
     battery: Battery = "core"
     draws: int = Field(5, ge=1)
     continue_tokens: int = Field(0, ge=0)
+    equal_length: bool = False
     min_label_mass: float = Field(0.5, ge=0, le=1)
     patch_layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     patch_directions: tuple[Direction, ...] = ("noise", "denoise")

@@ -1,8 +1,8 @@
 """Text edits: pure functions from a Chain to an edited Chain. Prompt, cue and answer are never touched.
 
 1. truncate: keep s_1..s_i (early answering, Lanham et al. 2307.13702).
-2. filler: replace s_{i+1}..s_n, or one step, by a repeated filler of the same token count; filler_once: by one filler
-   a step; delete: leave one step out.
+2. filler: replace s_{i+1}..s_n, or one step, by a repeated filler of the same token count; filler_once: by the filler
+   once; delete: leave one step out.
 3. paraphrase: put other wordings, made beforehand, in the place of s_{i+1}..s_n, or of one step.
 4. mistake: alter one number of one step, its stated result first, digit for digit; where a step has no number, a
    number word, a choice label, a name, or a word that has an opposite (higher, effective). propagate: carry it on
@@ -100,13 +100,10 @@ def filler(
 
 
 def filler_once(chain: Chain, first: int, text: str = " ...", end: int | None = None) -> Chain:
-    """Replace steps `first` to `end` (default: to the last) by their leading whitespace and `text`, once each."""
+    """Replace steps `first` to `end` (default: to the last) by one step, `text` within the whitespace around them."""
     stop = len(chain.steps) if end is None else _checked(chain, end)
-    steps = list(chain.steps)
-    for i in range(_checked(chain, first), stop):
-        lead, _, trail = _whitespace(steps[i])
-        steps[i] = lead + _visible(text).strip() + trail
-    return replace(chain, steps=tuple(steps))
+    lead, _, trail = _whitespace("".join(chain.steps[_checked(chain, first) : stop]))
+    return replace(chain, steps=(*chain.steps[:first], lead + _visible(text).strip() + trail, *chain.steps[stop:]))
 
 
 def delete(chain: Chain, step: int) -> Chain:
@@ -232,12 +229,17 @@ def _replaced(steps: tuple[str, ...], at: int, text: str) -> tuple[str, ...]:
     return (*steps[:at], text, *steps[at + 1 :])
 
 
-def mistake_all(chain: Chain, rng: np.random.Generator, avoid: AbstractSet[str] = frozenset()) -> Chain | None:
+def mistake_all(
+    chain: Chain,
+    rng: np.random.Generator,
+    avoid: AbstractSet[str] = frozenset(),
+    count_tokens: Callable[[str], int] | None = None,
+) -> Chain | None:
     """Alter every step that holds something to alter, as `mistake` does; None where none does."""
     known = frozenset({chain.text, *avoid})
     altered = chain
     for step in range(len(chain.steps)):
-        made = mistake(altered, step, rng, known)
+        made = mistake(altered, step, rng, known, count_tokens)
         altered = altered if made is None else made.chain
     return None if altered == chain else altered
 

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
@@ -42,8 +43,10 @@ FORMS: Mapping[AnswerKind, str] = {
 }
 PROBE = "Write twelve random words."
 MAX_ANSWER_TOKENS = 16
-TOP_TOKENS = 20
-"""Most first tokens that the API lists."""
+TOP_TOKENS = (20, 5)
+"""How many first tokens are asked for: the most that the API lists, and what servers with a lower limit give."""
+NEWER_LENGTH = "max_completion_tokens"
+"""What newer models want in place of max_tokens, and say so when they refuse it."""
 PARTICULAR = (400, 413, 422)
 """What a server answers to one request that it cannot take (too long, say); other refusals concern them all."""
 _PIECE = re.compile(r"\d|[^\W\d]+|([^\w\s])\1*")
@@ -107,6 +110,8 @@ class Endpoint:
         self._shown = _without_secrets(address)
         self._needs_key = not address.username and not _is_loopback(address.hostname or "")
         self._gives_logprobs: bool | None = None
+        self._top = TOP_TOKENS
+        self._length = "max_tokens"
         self._check_sampling = check_sampling
         self._key()
         identity = f"{model}@{self._shown}"
@@ -202,11 +207,16 @@ class Endpoint:
         openai = _client_library()
         if not request.logprobs or self._gives_logprobs is False:
             return self._read(self._sent(client, request))
-        try:
-            reply = self._read(self._sent(client, request, logprobs=True, top_logprobs=TOP_TOKENS))
-        except (openai.BadRequestError, openai.UnprocessableEntityError):
-            if self._gives_logprobs:
-                raise
+        refused = (openai.BadRequestError, openai.UnprocessableEntityError)
+        for top in self._top:
+            try:
+                reply = self._read(self._sent(client, request, logprobs=True, top_logprobs=top))
+                self._top = (top,)
+                break
+            except refused:
+                if self._gives_logprobs and top in self._top:
+                    raise
+        else:
             reply = self._read(self._sent(client, request))
         if self._gives_logprobs is None and (reply.first or reply.text.strip()):
             self._gives_logprobs = bool(reply.first)
@@ -215,13 +225,21 @@ class Endpoint:
     def _sent(self, client: Any, request: Request, **options: Any) -> Any:
         if request.temperature:
             options |= {"seed": request.seed % 2**31, "top_p": 1.0}
-        return client.chat.completions.create(
+        create = partial(
+            client.chat.completions.create,
             model=self.model,
             messages=[{"role": role, "content": content} for role, content in request.talk],
-            max_tokens=request.max_tokens,
             temperature=request.temperature,
             **options,
         )
+        length = self._length
+        try:
+            return create(**{length: request.max_tokens})
+        except _client_library().BadRequestError as error:
+            if length == NEWER_LENGTH or NEWER_LENGTH not in str(error):
+                raise
+            self._length = NEWER_LENGTH
+            return create(**{NEWER_LENGTH: request.max_tokens})
 
     def _read(self, completion: Any) -> Reply:
         choices = getattr(completion, "choices", None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,19 @@ def by_model(reader: TextReader, steps: Sequence[str], n_draws: int, seed: int) 
                     reasons[fault] += 1
     draws = tuple(tuple(found.get((d, i)) for i in range(len(steps))) for d in range(n_draws))
     return Paraphrases(reader.info.name, draws, dict(sorted(reasons.items())))
+
+
+def tally(chains: Iterable[Paraphrases]) -> dict[str, Any]:
+    """Who made the paraphrases of a run, how many steps' wordings are valid, and how many tries were rejected, why."""
+    chains = [made for made in chains if made.draws]
+    reasons = sum((Counter(made.rejected) for made in chains), Counter[str]())
+    texts = [text for made in chains for draw in made.draws for text in draw]
+    return {
+        "paraphraser": ", ".join(dict.fromkeys(made.paraphraser for made in chains)),
+        "wanted": len(texts),
+        "valid": sum(text is not None for text in texts),
+        "rejected": dict(reasons.most_common()),
+    }
 
 
 def _cleaned(written: str) -> str:

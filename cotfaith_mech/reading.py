@@ -211,7 +211,8 @@ class _Decoding:
     `ending` that is likely to follow read along (speculative decoding, Leviathan et al. 2211.17192)."""
 
     def __init__(self, model: Model, kind: AnswerKind, forced: _Forced, ending: Ids) -> None:
-        self.model, self.kind, self.before, self.ending = model, kind, forced.before, ending
+        self.model, self.before, self.ending = model, forced.before, ending
+        self.kind: AnswerKind = kind
         self.path: Ids = ()
         self.draft: Ids = (*forced.answer, *ending)
 

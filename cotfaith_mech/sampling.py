@@ -60,7 +60,7 @@ def write_chains(
         if all(problem.problem_id in done for problem in batch):
             continue
         prompts = {problem.problem_id: model.render(problem.question) for problem in batch}
-        refused = {name: _no_room(model, prompt, max_new_tokens) for name, prompt in prompts.items()}
+        refused = {name: no_room(model, prompt, max_new_tokens) for name, prompt in prompts.items()}
         fitting = [name for name, reason in refused.items() if not reason]
         texts = model.generate(
             [prompts[name] for name in fitting],
@@ -95,7 +95,10 @@ def write_on(
     seed: int = 0,
     max_steps: int = 40,
 ) -> list[Chain]:
-    """Each chain with the steps that `model` writes after its own, up to the cue or `max_new_tokens` tokens."""
+    """Each chain with the steps that `model` writes after its own, up to the cue or `max_new_tokens` tokens.
+
+    A chain that leaves no room for them in the model's context is its caller's to leave out (`no_room`).
+    """
     longer = []
     for first in range(0, len(chains), BATCH):
         batch = chains[first : first + BATCH]
@@ -111,8 +114,8 @@ def write_on(
     return longer
 
 
-def _no_room(model: TextReader, prompt: str, max_new_tokens: int) -> str:
-    """Why `prompt` leaves no room for a chain; empty where it does."""
+def no_room(model: TextReader, prompt: str, max_new_tokens: int) -> str:
+    """Why `prompt` leaves no room for what is to be written; empty where it does."""
     if model.info.context is None:
         return ""
     try:

@@ -29,7 +29,7 @@ from .datasets_io import read_problems
 from .errors import CotfaithError, EndpointError
 from .figures import draw_figures
 from .measured import Measured
-from .paraphrasers import Paraphrases, by_model, by_rules, supplied
+from .paraphrasers import Paraphrases, by_model, by_rules, supplied, tally
 from .patching import PatchPlan, measure_knockout, measure_patching
 from .problems import Problem
 from .records import Record, RunDirectory, unit_id
@@ -114,8 +114,8 @@ def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Pro
         run.add_exclusion(problem_id=row["problem_id"], stage="read", reason=row["reason"])
     for problem in shown:
         run.add_exclusion(problem_id=problem.problem_id, stage="few_shot", reason="shown as a worked example")
-    if "conflict" in config.tests and not any(problem.conflicts for problem in problems):
-        reason = "conflict: the problems come without conflicts, which the built-in generators alone make"
+    if "conflict" in config.tests and not any(p.conflicts or p.kind == "number" for p in problems):
+        reason = "conflict: there is none for answers that are no numbers; the generators alone make their own"
         run.add_exclusion(problem_id=ALL, stage="edit", reason=reason)
     if not problems:
         raise CotfaithError(f"{config.problems!r} gave no usable problem: {_why_empty(run)}.")
@@ -158,6 +158,8 @@ def _estimate(run: RunDirectory) -> None:
         "records": len(records),
         "exclusions": len(run.read_exclusions()),
     }
+    made = [Paraphrases.from_json(row["paraphrases"]) for row in chains if row.get("paraphrases")]
+    manifest["paraphrases"] = tally(made) if made else None
     manifest["disagreements"] = disagreements.to_dict("records")
     manifest["conclusion"] = conclusions(estimates, names)
     manifest["verdicts"] = verdicts(estimates, names)
@@ -408,22 +410,28 @@ def _measure(
         config.battery,
         config.continue_tokens,
         config.generation.temperature,
+        config.equal_length,
     )
     seed = int(trunk.chain.chain_id[:8], 16) ^ config.seed
     measured = measure_behaviour(
         trunk, unit.problem, reader.name, plan, paraphrases=unit.paraphrases, donors=donors, seed=seed
     )
     patch_plan = PatchPlan(config.patch_layers, config.patch_directions)
-    parts: list[Measured] = []
+    parts: dict[str, Callable[[], Measured]] = {}
     if isinstance(trunk, Trunk):
-        parts.append(measure_knockout(trunk, reader.name, patch_plan, seed=seed))
+        parts["knockout"] = lambda: measure_knockout(trunk, reader.name, patch_plan, seed=seed)
         if config.battery == "full":
-            parts.append(measure_trace(trunk, reader.name))
+            parts["decision trace"] = lambda: measure_trace(trunk, reader.name)
         if reader.mechanism:
-            parts.append(measure_patching(trunk, unit.problem, reader.name, patch_plan, seed=seed))
+            parts["patching"] = lambda: measure_patching(trunk, unit.problem, reader.name, patch_plan, seed=seed)
         if reader.mechanism and config.attribution:
-            parts.append(measure_attribution(trunk, unit.problem, reader.name))
-    for part in parts:
+            parts["attribution"] = lambda: measure_attribution(trunk, unit.problem, reader.name)
+    for name, measure in parts.items():
+        try:
+            part = measure()
+        except CotfaithError as error:
+            measured.exclusions.append(f"{name}: {error}")
+            continue
         measured.records += part.records
         measured.exclusions += part.exclusions
     bad = [record for record in measured.records if not np.isfinite(record.value)]

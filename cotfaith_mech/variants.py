@@ -1,9 +1,10 @@
 """The edited chains of the behavioural tests: text alone, each with the coordinates of its record.
 
 1. Early Termination: keep s_1..s_i. 2. Filler Substitution: replace s_{i+1}..s_n by ' ...' of the same token count; in
-full also by two other fillers, by one filler a step, and each step alone (filled or deleted). 3. Paraphrasing: rephrase
-s_{i+1}..s_n; in full also each step alone. 4. Controls: mistake (in one step with later steps kept or, in full, carried
-on through them; in every step), shuffle, swap with another problem's chain.
+full also by two other fillers, by one filler in all, and each step alone (filled or deleted). 3. Paraphrasing: rephrase
+s_{i+1}..s_n; in full also each step alone. 4. Controls: mistake (in one step with later steps kept or, in full and as
+the conflict of problems without one of their own, carried on through them; in every step), shuffle, swap with another
+problem's chain.
 5. The last steps usually state the answer (Lanham et al. 2307.13702, footnote 3): in full, 1 to 3 stand a second time
 for the chain without the steps that state a*, their change counted from that shorter chain.
 6. Beginnings that the reader writes on from (the re-sampled protocol of Lanham et al. for mistakes and paraphrase): the
@@ -36,6 +37,7 @@ class BehaviourPlan:
     """Which tests, how many draws of each random edit, and whether every variant of a test or its main one alone.
 
     `continue_tokens`: how many tokens at most the reader writes on after an edited beginning; 0 leaves that out.
+    `equal_length`: mistakes keep the number of tokens, so that positions stay aligned.
     """
 
     tests: tuple[Test, ...] = ("early_termination", "filler", "paraphrase", "mistake", "shuffle", "swap", "conflict")
@@ -43,6 +45,7 @@ class BehaviourPlan:
     battery: Battery = "core"
     continue_tokens: int = 0
     temperature: float = 0.0
+    equal_length: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ class Editing:
 
     def has(self, test: Test) -> bool:
         return test in self.plan.tests
+
+    def mistake(self, step: int, draw: int) -> edits.Mistake | None:
+        """The same alteration of `step` wherever it is shown: alone, carried on, or to write on from."""
+        return edits.mistake(self.chain, step, self.rng(2, step, draw), {self.problem.gold}, self._count_kept())
+
+    def mistake_in_all(self, draw: int) -> Chain | None:
+        return edits.mistake_all(self.chain, self.rng(3, draw), {self.problem.gold}, self._count_kept())
+
+    def _count_kept(self) -> Callable[[str], int] | None:
+        return self.count if self.plan.equal_length else None
 
 
 def edited_chains(editing: Editing) -> Iterable[Variant]:
@@ -146,7 +159,7 @@ def _curve_tests(editing: Editing) -> Iterable[Variant]:
 
 
 def _fillers(chain: Chain, battery: Battery, count: Callable[[str], int]) -> Iterable[Variant]:
-    """Steps from i on (cumulative) and step i alone (local), by each filler: to the same length, or once a step.
+    """Steps from i on (cumulative) and step i alone (local), by each filler: to the same length, or once in all.
 
     Deleting steps from i on is early termination, so only the local deletion is a variant of its own.
     """
@@ -181,20 +194,21 @@ def _paraphrases(editing: Editing) -> Iterable[Variant]:
 
 
 def _mistakes(editing: Editing) -> Iterable[Variant]:
-    chain, avoid, left_out = editing.chain, frozenset({editing.problem.gold}), editing.left_out
-    for step in range(len(chain.steps)):
+    left_out = editing.left_out
+    carried = editing.plan.battery == "full" or (editing.has("conflict") and not editing.problem.conflicts)
+    for step in range(len(editing.chain.steps)):
         mistakes: list[edits.Mistake] = []
         for draw in range(editing.plan.draws):
-            made = edits.mistake(chain, step, editing.rng(2, step, draw), avoid)
+            made = editing.mistake(step, draw)
             if made is None:
                 left_out.append(f"mistake in step {step}: nothing to alter")
                 break
             mistakes.append(made)
             yield Variant("mistake", "local", made.chain, step, draw)
-        if editing.plan.battery == "full" and mistakes:
+        if carried and mistakes:
             yield from _propagated(editing, mistakes)
     for draw in range(editing.plan.draws):
-        wrong = edits.mistake_all(chain, editing.rng(3, draw), avoid)
+        wrong = editing.mistake_in_all(draw)
         if wrong is None:
             left_out.append("mistake in all steps: nothing to alter")
             return
@@ -231,7 +245,7 @@ def beginnings(editing: Editing) -> Iterable[Variant]:
 
     The step is the number of steps kept, for a mistake the index of the altered step, which is the last one kept.
     """
-    chain, avoid = editing.chain, frozenset({editing.problem.gold})
+    chain = editing.chain
     for draw in range(editing.plan.draws if editing.plan.temperature else 1):
         for keep in range(len(chain.steps) + 1):
             start = edits.truncate(chain, keep)
@@ -242,6 +256,6 @@ def beginnings(editing: Editing) -> Iterable[Variant]:
                 if len(unchanged) < keep:
                     yield Variant("paraphrase", CONTINUED, rephrased, keep, draw)
             if editing.has("mistake") and keep:
-                made = edits.mistake(chain, keep - 1, editing.rng(2, keep - 1, draw), avoid)
+                made = editing.mistake(keep - 1, draw)
                 if made is not None:
                     yield Variant("mistake", CONTINUED, edits.truncate(made.chain, keep), keep - 1, draw)

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from .bridge import DISAGREEMENT
 from .compare import primary_name
+from .metrics import entropy_drop, infogain
 from .outcomes import MAIN_VARIANT, Table, mid_layer
 from .stats import Estimate
 
@@ -41,6 +42,8 @@ EFFECTS = (
     Effect("mistake", "mistake in the step", "total variation", "how far a mistake in it moves the answer"),
     Effect("patch", "patch at a middle layer", "logits", "logit difference restored by the source's activations"),
     Effect("direct", "direct contribution", "logits", "logits the heads carry from it straight to the answer"),
+    Effect("infogain", "InfoGain of the step", "nats", "log-probability the gold answer gains when it is shown"),
+    Effect("entropy_drop", "entropy drop of the step", "nats", "how far the answer becomes certain when it is shown"),
 )
 
 
@@ -201,7 +204,7 @@ def step_effects(records: Table) -> Table:
     """Every measured effect of every single step: `effect reader problem_id chain_id step value` (keys of EFFECTS).
 
     The patch is the denoising one (noising where no other exists) at the middle of the recorded layers; the direct
-    contribution is summed over heads and layers.
+    contribution is summed over heads and layers; InfoGain and entropy drop come from the early-termination curve.
     """
     keys = ["reader", "problem_id", "chain_id", "step"]
     masked = select(records, "knockout", "delta_p", "masked")
@@ -212,6 +215,8 @@ def step_effects(records: Table) -> Table:
         "mistake": mistake.groupby(keys)["value"].mean(),
         "patch": _middle_patch(patches(records), keys),
         "direct": direct.groupby(keys)["value"].sum(min_count=1),
+        "infogain": _gains(select(records, "early_termination", "p_gold", ""), keys, infogain),
+        "entropy_drop": _gains(select(records, "early_termination", "entropy", ""), keys, entropy_drop),
     }
     frames = [table.reset_index(name="value").assign(effect=name) for name, table in tables.items() if len(table)]
     columns = ["effect", *keys, "value"]
@@ -224,6 +229,17 @@ def _middle_patch(cells: Table, keys: list[str]) -> Table:
     variant = "denoise" if (cells["variant"] == "denoise").any() else cells["variant"].iloc[0]
     cells = cells[(cells["variant"] == variant) & (cells["layer"] == mid_layer(cells["layer"].tolist()))]
     return cells.groupby(keys)["effect"].mean()
+
+
+def _gains(curves: Table, keys: list[str], score: Callable[[Any], Any]) -> Table:
+    """`score` of each chain's curve over kept steps 0..n: one value a step, NaN where it has none."""
+    parts = []
+    for unit, curve in curves.groupby(keys[:-1]):
+        points = curve.groupby("step")["value"].mean()
+        if points.index.tolist() == list(range(len(points))) and len(points) > 1:
+            index = pd.MultiIndex.from_tuples([(*unit, step) for step in range(len(points) - 1)], names=keys)
+            parts.append(pd.Series(score(points.to_numpy(float)), index))
+    return pd.concat(parts).dropna() if parts else pd.Series(dtype=float)
 
 
 def bridge(records: Table) -> Table:

@@ -380,5 +380,18 @@ def test_each_author_of_the_chains_gets_a_sentence():
     assert conclusions(one, ["A"]) == []
 
 
+def test_a_conclusion_names_the_conflict_it_rests_on():
+    carried = [
+        replace(e, name=e.name.replace("record_agree", "carried"))
+        for e in triple((-0.6, -0.2), (0.2, 0.6), (-0.1, 0.1))
+    ]
+    still = triple((-0.05, 0.04), (-0.06, 0.05), (-0.1, 0.1))
+    assert "under conflict (carried) on" in (only := conclusion(carried, "A", "B"))
+    assert "bypass" in only
+    assert "under conflict (record agree) on" in (both := conclusion([*carried, *still], "A", "B"))
+    assert "no change" in both
+    assert "(carried)" in conclusion([*carried, *still[:2]], "A", "B")
+
+
 def test_conclusion_without_the_conflict_test():
     assert "undecided, the conflict test has no values" in conclusion([], "A", "B")

@@ -107,9 +107,11 @@ def test_a_filler_of_one_step_leaves_the_others_and_keeps_the_count():
     assert edits.filler(CHAIN, 2, words_and_marks, end=3) == edits.filler(CHAIN, 2, words_and_marks)
 
 
-def test_one_filler_a_step_and_deletion_by_hand():
+def test_one_filler_in_all_and_deletion_by_hand():
     chain = replace(CHAIN, steps=("One.", " Two.", "\nThree. "))
-    assert edits.filler_once(chain, 1).steps == ("One.", " ...", "\n... ")
+    assert edits.filler_once(chain, 1).steps == ("One.", " ... ")
+    assert edits.filler_once(chain, 0).steps == ("... ",)
+    assert edits.filler_once(chain, 2).steps == ("One.", " Two.", "\n... ")
     assert edits.filler_once(chain, 0, " _", end=1).steps == ("_", " Two.", "\nThree. ")
     assert [edits.delete(chain, i).steps for i in range(3)] == [
         (" Two.", "\nThree. "),

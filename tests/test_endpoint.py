@@ -223,7 +223,31 @@ def test_a_server_without_logprobs_is_sampled_and_asked_for_none_again(server: S
     assert answered.said == "B"
     assert [r.p for r in answered.readings] == pytest.approx([0.8, 0.2], abs=4 * 0.04)
     assert answered.readings[0].label_mass == pytest.approx(1)
-    assert sum("logprobs" in body for body in server.bodies) == 1
+    assert sum("logprobs" in body for body in server.bodies) == (1 if status == 200 else 2)
+
+
+def test_a_server_that_lists_fewer_tokens_is_asked_for_fewer(server: Server) -> None:
+    def behave(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        return refused(400, "top_logprobs is at most 5") if body.get("top_logprobs", 0) > 5 else listed
+
+    listed = ok("B", [("B", {"B": 0.6, "A": 0.4})])
+    server.behave = behave
+    asked = AskedChain.of(Endpoint("m", server.url), CHOICE, "choice", ABC)
+    [answered] = asked.read([(asked.chain, [" B"])])
+    assert answered.readings[0].p == pytest.approx(0.6)
+    assert [body["top_logprobs"] for body in server.bodies] == [20, 5, 5]
+
+
+def test_a_model_that_wants_max_completion_tokens_gets_them(server: Server) -> None:
+    def behave(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        told = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+        return refused(400, told) if "max_tokens" in body else ok(f"{body['max_completion_tokens']}")
+
+    server.behave = behave
+    endpoint = Endpoint("m", server.url)
+    assert endpoint.generate(["Go", "on"], max_new_tokens=9) == ["9", "9"]
+    assert endpoint.generate(["Go"], max_new_tokens=3) == ["3"]
+    assert "max_tokens" not in server.bodies[-1]
 
 
 def test_a_refusal_for_another_reason_says_nothing_about_logprobs(server: Server) -> None:

@@ -82,6 +82,22 @@ def test_step_effects_against_loops_over_the_table(run: RunDirectory) -> None:
     assert effects["patch", "B", "p02", 1] == pytest.approx(patch[0] + 3)
 
 
+def test_infogain_of_a_step_by_hand() -> None:
+    """p(gold) = .1, .2, .8 after 0, 1, 2 steps; a chain with an unread point has none, and p = 0 gives no number."""
+    key = {"reader": "A", "measure": "early_termination", "variant": ""}
+    rows = []
+    for problem, curve in (("p", (0.1, 0.2, 0.8)), ("q", (0.3, None, 0.6)), ("r", (0.0, 0.5, 0.25))):
+        for step, p in enumerate(curve):
+            if p is not None:
+                where = {"problem_id": problem, "chain_id": f"c-{problem}", "step": step, **key}
+                rows += [{**where, "metric": "p_gold", "value": p}, {**where, "metric": "entropy", "value": 2 - p}]
+    effects = views.step_effects(table(*rows)).set_index(["effect", "problem_id", "step"])["value"]
+    assert effects["infogain"].to_dict() == pytest.approx(
+        {("p", 0): np.log(2), ("p", 1): np.log(4), ("r", 1): np.log(0.5)}
+    )
+    assert effects["entropy_drop"]["p"].tolist() == pytest.approx([0.1, 0.6])
+
+
 def test_the_random_control_never_mixes_with_the_steps(run: RunDirectory) -> None:
     found = views.knockout(run.read_records(), run.read_chains())
     means = found.groupby(["reader", "role"])["value"].mean()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,7 @@ from cotfaith_mech.paraphrasers import Paraphrases
 from cotfaith_mech.problems import Problem, choice_listing
 from cotfaith_mech.reading import Answered, Reading
 from cotfaith_mech.records import COLUMNS
-from cotfaith_mech.variants import BehaviourPlan
+from cotfaith_mech.variants import BehaviourPlan, Editing, edited_chains
 
 STEPS = (" Ann has 14 + 8 = 22 pears.", " She gives 5 away.", " 22 - 5 = 17.", " So 17 remain.")
 QUESTION = "Ann has 14 pears and buys 8, then gives 5 away. How many has she?"
@@ -58,11 +58,15 @@ class Scripted:
     kind: Any = "number"
     writes: Callable[[str], str] = lambda begun: ""
     begun: list[str] = field(default_factory=list)
+    context: int | None = None
 
     @property
     def model(self) -> Any:
         return SimpleNamespace(
-            info=None, render=str, count=lambda text: len(re.findall(r"\d|\w+|\S", text)), generate=self._generate
+            info=SimpleNamespace(context=self.context, name="scripted"),
+            render=str,
+            count=lambda text: len(re.findall(r"\d|\w+|\S", text)),
+            generate=self._generate,
         )
 
     def _generate(self, prompts: Sequence[str], *, begun: Sequence[str], **_: Any) -> list[str]:
@@ -122,11 +126,56 @@ def test_a_reader_that_follows_the_chain() -> None:
     carried = records[(records.variant == "propagated") & (records.metric == "same")]
     assert set(carried.step) == {0, 1, 2}
     assert set(carried.value) == {0}
+    # which is a conflict: the question's answer is 17, the chain's the new one
+    assert found["conflict/carried/p_chain"] == pytest.approx(0.9)
+    assert found["conflict/carried/p_question"] == pytest.approx(0.01)
+    assert found["conflict/carried/p_other"] == pytest.approx(0.09)
     # without the steps that state 17 two are left, ' …22 pears.', ' She gives 5 away.': never 17, even when complete
     cut = records[(records.variant == "without_answer_steps") & (records.measure == "early_termination")]
     assert cut[cut.metric == "same"].value.tolist() == [0, 0, 0]
     # deleted or filled alone, only the last step matters: before it stands 17 as well, so nothing changes
     assert found["filler/local_deleted/change"] == 0
+
+
+def test_a_conflict_is_made_of_carried_mistakes_where_the_problem_has_none() -> None:
+    """Core battery: no other test needs the carried mistakes, so only a plan that asks for conflicts shows them."""
+    found, records, _ = scored(question_alone, BehaviourPlan(("mistake", "conflict"), draws=2))
+    assert found["conflict/carried/p_question"] == pytest.approx(0.9)
+    assert found["conflict/carried/p_chain"] == pytest.approx(0.01)
+    conflicts = records[(records.measure == "conflict") & (records.metric == "p_chain")]
+    assert set(zip(conflicts.step, conflicts.seed, strict=True)) == {(i, d) for i in range(3) for d in range(2)}
+    _, records, _ = scored(question_alone, BehaviourPlan(("mistake",), draws=2))
+    assert set(records[records.measure == "mistake"].variant) == {"local", "all"}
+
+
+def test_mistakes_keep_the_token_count_where_asked() -> None:
+    """A counter to which the digit 7 is two tokens: free draws change the count, kept ones never."""
+
+    def count(text: str) -> int:
+        return len(text) + text.count("7")
+
+    chain = Chain("p", "hand", QUESTION, STEPS, CUE, " 17")
+    problem = Problem("p", QUESTION, "17", "hand", steps=STEPS, cue=CUE)
+    for equal in (False, True):
+        plan = BehaviourPlan(("mistake",), draws=8, equal_length=equal)
+        editing = Editing(chain, problem, plan, Paraphrases("none", (), {}), (), count, 3, [])
+        made = [v for v in edited_chains(editing) if v.variant in ("local", "all")]
+        assert len(made) > 20
+        assert (len({count(v.chain.text) for v in made}) == 1) is equal
+
+
+def test_a_beginning_without_room_for_more_is_left_out_with_the_reason() -> None:
+    """Of 0 to 4 kept steps the longer ones exceed the context."""
+    plan = BehaviourPlan(("early_termination",), continue_tokens=20)
+    problem = Problem("p", QUESTION, "17", "hand", steps=STEPS, cue=CUE)
+    reader = Scripted(last_number, Chain("p", "hand", QUESTION, STEPS, CUE, " 17"))
+    n = [reader.model.count(replace(reader.chain, steps=STEPS[:keep]).text) for keep in range(5)]
+    reader.context = n[2] + 20
+    measured = measure_behaviour(reader, problem, "A", plan)
+    went_on = {r.step for r in measured.records if r.variant == "continued"}
+    assert went_on == {0, 1, 2}
+    told = [reason for reason in measured.exclusions if "reads at most" in reason]
+    assert [reason.split(":")[0] for reason in told] == [f"early_termination continued at step {i}" for i in (3, 4)]
 
 
 def test_a_reader_that_ignores_the_chain() -> None:

@@ -55,7 +55,9 @@ class _FrozenPrefix(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.own is not None:
-            key_states, value_states = (torch.cat(pair, dim=2) for pair in zip(self.own, (key_states, value_states)))
+            key_states, value_states = (
+                torch.cat(pair, dim=2) for pair in zip(self.own, (key_states, value_states), strict=True)
+            )
         if self.keeps:
             self.own = key_states, value_states
         return self._joined(self.keys, key_states), self._joined(self.values, value_states)

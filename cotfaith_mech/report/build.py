@@ -114,6 +114,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "disagreements": json.loads(apart.to_json(orient="records")),
         "chains": chains,
         "exclusions": run.read_exclusions(),
+        "paraphrases": manifest.get("paraphrases"),
         "manifest": json.dumps(manifest, indent=2, ensure_ascii=False),
         "page_data": {
             "charts": {chart["id"]: chart for chart in _numbered(sections)},
