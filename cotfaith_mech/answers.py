@@ -41,10 +41,15 @@ _LABEL = re.compile(
 )
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 _SENTENCE_OVER = re.compile(r"\n|[.!?]\s")
-_NUMBER_OVER = re.compile(r"[\s)]*[^\s\d.,:/%$€£{}()\\\ufffd=+*×÷x−–-]|[,.]\s")
+_NUMBER_OVER = re.compile(r"[\s)]*[^\s\d.,:/%$€£{}()\\\ufffd=+*×÷·⋅∗∙^x−–-]|[,.]\s")
+_BETWEEN = r"(?:[\s)%]|\*\*)*"
+_OPENING = r"(?:[\s$€£¥({\\]|\*\*)*[-−–]?[$€£¥]?\.?"
 _CALCULATION = re.compile(
-    r"[\s)%]*(?:[+*×÷]|\\(?:times|cdot|div)(?![a-z])|x(?![^\W\d])|(?<=\s)[-−–](?=\s))[\s$€£¥({\\]*\d"
+    rf"{_BETWEEN}(?:(?:[+×÷·⋅∗∙^]|(?<!\*)\*(?!\*)|\\(?:times|cdot|div)(?![a-z])|x(?![^\W\d])|(?<=\s)[-−–](?=\s)){_OPENING}\d"
+    rf"|/\s*(?:[$€£¥({{]\s*\.?\d|\d*\.\d)|[-−–]{_OPENING}\d[\d.,]*[\s)%]*=)"
 )
+_UNDECIDED = re.compile(r"(?:[^\s\w)]|\d|(?<![^\W\d])x|\\\w*)\s*$")
+_EQUALS = re.compile(rf"{_BETWEEN}=")
 _POLARITY = re.compile(r"[^\w\n]*(yes|no|maybe)\b(?=[^\w\n]*(?:$|\n)|\s*[,.;:!—–-])", re.IGNORECASE)
 _OPENING_POLARITY = re.compile(r"[^\w\n]*(yes|no|maybe)\b", re.IGNORECASE)
 _STATED_POLARITY = r"(?:^|\b(?:answer|conclusion)\b(?:\s+is)?\W*){word}\b(?=\W*$|\s*[,.;:!])"
@@ -145,17 +150,22 @@ def is_whole(text: str, kind: AnswerKind) -> bool:
     over = _SENTENCE_OVER.search(plain)
     if over and (kind == "number" or re.search(r"\w", plain[: over.start()])):
         return True
-    if kind == "number":
-        match = _ANSWER_NUMBER.search(plain)
-        return match is not None and (
-            _is_calculated(plain, match) or _NUMBER_OVER.match(plain, match.end()) is not None
-        )
-    return False
+    match = _ANSWER_NUMBER.search(plain) if kind == "number" else None
+    if match is None:
+        return False
+    ends = (_EQUALS, _CALCULATION, _NUMBER_OVER)
+    return any(end.match(plain, match.end()) for end in ends)
+
+
+def uncut_answer(text: str, kind: AnswerKind, cut: bool) -> str | None:
+    """The answer in `text`; None where `text` was cut off in a number, or before one, which could say anything yet."""
+    undecided = kind == "number" and not is_whole(text, kind) and _UNDECIDED.search(text)
+    return None if cut and undecided else extract_answer(text, kind)
 
 
 def _is_calculated(text: str, number: re.Match[str]) -> bool:
     """Whether a calculation begins with `number` in `text`; a fraction that something equals (1/2 = .5) is one."""
-    if number["divisor"] and re.match(r"[\s)]*=", text[number.end() :]):
+    if number["divisor"] and _EQUALS.match(text, number.end()):
         return True
     return _CALCULATION.match(text, number.end()) is not None
 

@@ -62,6 +62,10 @@ def measure_behaviour(
     read = {chain: dict(zip(asked[chain], one.readings, strict=True)) for chain, one in answered.items()}
     _add_baseline(measured, problem, read[trunk.chain])
     for variant in variants:
+        if variant.measure == "conflict" and variant.implied:
+            by_chain, by_question = read[variant.chain][variant.implied], read[variant.chain][gold]
+            _add_conflict(measured, variant.variant, by_chain, by_question, variant.step, variant.seed)
+            continue
         before = read[variant.base or trunk.chain]
         _add_variant(measured, problem, variant, before, read[variant.chain], answered[variant.chain].said)
     for conflict, one in zip(problem.conflicts, found[len(asked) :], strict=False):
@@ -131,10 +135,7 @@ def _add_variant(
     if mine.p_se:
         values["p_answer_se"] = mine.p_se
     if variant.implied:
-        implied, gold = read[variant.implied], read[_spelled(problem, measured.chain.answer)]
-        values |= {"p_implied": implied.p, "says_implied": float(implied.greedy)}
-        if same_answer(measured.chain.answer, problem.gold, problem.kind):
-            _add_conflict(measured, "carried", implied, gold, variant.step, variant.seed)
+        values |= {"p_implied": read[variant.implied].p, "says_implied": float(read[variant.implied].greedy)}
     where = {"step": variant.step, "seed": variant.seed}
     measured.add(variant.measure, variant.variant, values, mine.n_tokens, **where)
     measured.texts.append(_text(variant, mine, said))

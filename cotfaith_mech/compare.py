@@ -236,12 +236,13 @@ def conclusion(estimates: Sequence[Estimate], base: str, tuned: str, suffix: str
     if not measured:
         return f"Between these checkpoints ({arm}): undecided, the conflict test has no values for this pair."
     variant, triple = next(iter(measured.items()))
+    beside = ", no primary endpoint" if any(np.isnan(holm_p(estimate)) for estimate in triple) else ""
     numbers = ", ".join(
         f"P({what}) {e.value:+.2f} [{e.ci_low:+.2f}, {e.ci_high:+.2f}]"
         for what, e in zip(("chain's answer", "question's answer", "other"), triple, strict=True)
     )
     return (
-        f"Between these checkpoints ({arm}), under conflict ({variant.replace('_', ' ')}) on "
+        f"Between these checkpoints ({arm}), under conflict ({variant.replace('_', ' ')}{beside}) on "
         f"{triple[0].n_problems} problems that every compared reader gets right: {numbers}: {_outcome(*triple)}."
     )
 

@@ -102,6 +102,8 @@ def filler(
 def filler_once(chain: Chain, first: int, text: str = " ...", end: int | None = None) -> Chain:
     """Replace steps `first` to `end` (default: to the last) by one step, `text` within the whitespace around them."""
     stop = len(chain.steps) if end is None else _checked(chain, end)
+    if stop <= first:
+        return chain
     lead, _, trail = _whitespace("".join(chain.steps[_checked(chain, first) : stop]))
     return replace(chain, steps=(*chain.steps[:first], lead + _visible(text).strip() + trail, *chain.steps[stop:]))
 
@@ -214,6 +216,15 @@ def propagate(made: Mistake) -> tuple[Chain, dict[Fraction, Fraction]] | None:
         steps[i], values = fixed + carried[0], carried[1]
     chain = replace(made.chain, steps=tuple(steps))
     return None if chain == made.chain else (chain, values)
+
+
+def comes_to(step: str) -> Fraction | None:
+    """The number that a step ends in: what stands behind its last '=', else its only number; None where it has none or
+    several."""
+    found = quantities(step)
+    equals = step.rfind("=")
+    results = [number for number in found if number.start > equals >= 0][:1] or found
+    return results[0].value if len(results) == 1 else None
 
 
 def carried_answer(answer: str, values: Mapping[Fraction, Fraction]) -> str | None:

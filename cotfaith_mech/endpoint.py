@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from .answers import extract_answer, normalise, same_answer
+from .answers import normalise, same_answer, uncut_answer
 from .chains import Chain
 from .errors import CotfaithError, EndpointError
 from .model import ReaderInfo
@@ -68,10 +68,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply; `first` are the listed log-probabilities (nats) at its first visible token, empty where none are given,
-    and `n_tokens` the tokens of its prompt (None: the server does not say)."""
+    """A reply, and whether it was cut off at the most tokens; `first` are the listed log-probabilities (nats) at its
+    first visible token, empty where none are given, `n_tokens` the tokens of its prompt (None: the server does not
+    say)."""
 
     text: str
+    cut: bool = False
     first: tuple[tuple[str, float], ...] = ()
     n_tokens: int | None = None
 
@@ -207,7 +209,7 @@ class Endpoint:
         openai = _client_library()
         if not request.logprobs or self._gives_logprobs is False:
             return self._read(self._sent(client, request))
-        refused = (openai.BadRequestError, openai.UnprocessableEntityError)
+        refused = (openai.BadRequestError, openai.UnprocessableEntityError, openai.PermissionDeniedError)
         for top in self._top:
             try:
                 reply = self._read(self._sent(client, request, logprobs=True, top_logprobs=top))
@@ -232,11 +234,12 @@ class Endpoint:
             temperature=request.temperature,
             **options,
         )
-        length = self._length
+        openai, length = _client_library(), self._length
         try:
             return create(**{length: request.max_tokens})
-        except _client_library().BadRequestError as error:
-            if length == NEWER_LENGTH or NEWER_LENGTH not in str(error):
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            wanted = re.search(rf"(?i)(?=.*{NEWER_LENGTH}).*(?:instead|not support|unsupported)", str(error), re.DOTALL)
+            if length == NEWER_LENGTH or not wanted:
                 raise
             self._length = NEWER_LENGTH
             return create(**{NEWER_LENGTH: request.max_tokens})
@@ -249,7 +252,8 @@ class Endpoint:
                 "give the address of an OpenAI-compatible API, which often ends in /v1."
             )
         usage = completion.usage
-        return Reply(choices[0].message.content or "", _first_listed(choices[0]), usage and usage.prompt_tokens)
+        text, cut = choices[0].message.content or "", choices[0].finish_reason == "length"
+        return Reply(text, cut, _first_listed(choices[0]), usage and usage.prompt_tokens)
 
     def _key(self) -> str:
         key = os.environ.get(self.api_key_env, "")
@@ -365,7 +369,7 @@ class AskedChain:
         return max(listed, key=lambda label: listed[label]) if listed else self._extracted(reply)
 
     def _extracted(self, reply: Reply) -> str | None:
-        return extract_answer(_without_cue(reply.text, self.chain.cue), self.kind)
+        return uncut_answer(_without_cue(reply.text, self.chain.cue), self.kind, reply.cut)
 
     def _answered(self, variant: Chain, answers: Sequence[str], reply: Reply, samples: Sequence[Reply]) -> Answered:
         listed = self._listed(reply)

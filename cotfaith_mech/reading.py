@@ -12,7 +12,6 @@ Source: MEASURES 'Reading an answer'; Lanham et al. 2307.13702 for the forced an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -22,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .answers import extract_answer, is_whole, same_answer
+from .answers import is_whole, same_answer, uncut_answer
 from .chains import Chain, TokenSpans, token_spans
 from .errors import CotfaithError
 from .model import Branch, CachedRun, Ids, Model, TextReader
@@ -173,7 +172,7 @@ class Trunk:
         for first in range(0, len(variants), BATCH):
             prompts = [variant.with_answer("").text for variant in variants[first : first + BATCH]]
             for text in self.model.generate(prompts, max_new_tokens=MAX_ANSWER_TOKENS):
-                said.append(_uncut_answer(text, self.kind, self.model.count(text) >= MAX_ANSWER_TOKENS))
+                said.append(uncut_answer(text, self.kind, self.model.count(text) >= MAX_ANSWER_TOKENS))
         return said
 
     def _read_labels(self, asked: Asked) -> list[Answered]:
@@ -252,13 +251,7 @@ def _text(model: Model, path: Sequence[int]) -> str:
 
 def _said(model: Model, path: Sequence[int], kind: AnswerKind) -> str | None:
     stopped = any(token in model.stop_tokens for token in path[:MAX_ANSWER_TOKENS])
-    return _uncut_answer(_text(model, path), kind, not stopped and len(path) >= MAX_ANSWER_TOKENS)
-
-
-def _uncut_answer(text: str, kind: AnswerKind, cut: bool) -> str | None:
-    """The answer in `text`; None where `text` was cut off in a number, or before one, which could say anything yet."""
-    open_ended = kind == "number" and not is_whole(text, kind) and re.search(r"[^\s\w)]\s*$|\d\s*$", text)
-    return None if cut and open_ended else extract_answer(text, kind)
+    return uncut_answer(_text(model, path), kind, not stopped and len(path) >= MAX_ANSWER_TOKENS)
 
 
 def _entropy(logp: Float[Tensor, "vocab"]) -> Float[Tensor, ""]:

@@ -204,6 +204,11 @@ def _load(
 ) -> TextReader:
     """The reader's model or endpoint, pinned in its role by the hashes of its weights and of its text side."""
     (model,) = (_loaded(config, reader) for reader in progress([reader], f"load {reader.name}"))
+    n_layers = getattr(model.info, "n_layers", None)
+    if n_layers and (absent := [layer for layer in config.patch_layers or () if not 0 <= layer < n_layers]):
+        raise CotfaithError(
+            f"patch_layers names {absent}, but {reader.name!r} has layers 0 to {n_layers - 1}; name these."
+        )
     run.pin(f"{role} {reader.name}", {"weights": model.info.weights_hash, "text": model.info.text_hash})
     return model
 
@@ -295,7 +300,9 @@ def _run_reader(
             trunk = _opened(config, model, unit.chain, unit.problem)
             if not run.has_unit(unit.name):
                 donors = [units[(number + k) % len(units)].chain for k in range(1, min(SWAP_DONORS + 1, len(units)))]
-                measured = _measure(config, reader, trunk, unit, donors)
+                measured, failed = _measure(config, reader, trunk, unit, donors)
+                for reason in failed:
+                    _exclude(run, unit.chain, reader.name, "measure", reason)
                 for reason in measured.exclusions:
                     _exclude(run, unit.chain, reader.name, "edit", reason)
                 run.write_unit(unit.name, measured.records, _meta(unit.name, reader.name, trunk, measured))
@@ -399,7 +406,8 @@ def _chain_row(problem: Problem, chain: Chain) -> dict[str, Any]:
 
 def _measure(
     config: StudyConfig, reader: ReaderConfig, trunk: ChainReader, unit: _Unit, donors: Sequence[Chain]
-) -> Measured:
+) -> tuple[Measured, list[str]]:
+    """All records of a unit, and why a part of them could not be measured."""
     from .attribution import measure_attribution
     from .reading import Trunk
     from .trace import measure_trace
@@ -426,17 +434,18 @@ def _measure(
             parts["patching"] = lambda: measure_patching(trunk, unit.problem, reader.name, patch_plan, seed=seed)
         if reader.mechanism and config.attribution:
             parts["attribution"] = lambda: measure_attribution(trunk, unit.problem, reader.name)
+    failed = []
     for name, measure in parts.items():
         try:
             part = measure()
         except CotfaithError as error:
-            measured.exclusions.append(f"{name}: {error}")
+            failed.append(f"{name}: {error}")
             continue
         measured.records += part.records
         measured.exclusions += part.exclusions
     bad = [record for record in measured.records if not np.isfinite(record.value)]
     measured.exclusions += [f"{_where(record)}: value is {record.value}" for record in bad]
-    return measured
+    return measured, failed
 
 
 def _where(record: Record) -> str:

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from . import edits
-from .answers import states_answer
+from .answers import numbers, same_answer, states_answer
 from .chains import Chain
 from .paraphrasers import Paraphrases
 from .problems import Problem
@@ -121,6 +121,8 @@ def _all_edits(editing: Editing) -> Iterable[Variant]:
     yield from _curve_tests(editing)
     if editing.has("mistake"):
         yield from _mistakes(editing)
+    if editing.has("conflict") and not editing.problem.conflicts and editing.problem.kind == "number":
+        yield from _conflicts(editing)
     if editing.has("shuffle"):
         yield from _shuffles(editing)
     if editing.has("swap"):
@@ -195,7 +197,6 @@ def _paraphrases(editing: Editing) -> Iterable[Variant]:
 
 def _mistakes(editing: Editing) -> Iterable[Variant]:
     left_out = editing.left_out
-    carried = editing.plan.battery == "full" or (editing.has("conflict") and not editing.problem.conflicts)
     for step in range(len(editing.chain.steps)):
         mistakes: list[edits.Mistake] = []
         for draw in range(editing.plan.draws):
@@ -205,7 +206,7 @@ def _mistakes(editing: Editing) -> Iterable[Variant]:
                 break
             mistakes.append(made)
             yield Variant("mistake", "local", made.chain, step, draw)
-        if carried and mistakes:
+        if editing.plan.battery == "full" and mistakes:
             yield from _propagated(editing, mistakes)
     for draw in range(editing.plan.draws):
         wrong = editing.mistake_in_all(draw)
@@ -219,16 +220,50 @@ def _propagated(editing: Editing, mistakes: Sequence[edits.Mistake]) -> Iterable
     """The mistakes of a step carried on through the later ones, with the answer the chain then comes to."""
     not_carried = []
     for draw, made in enumerate(mistakes):
-        carried = edits.propagate(made)
-        if carried is None:
+        if (carried := _carried(editing, made)) is None:
             not_carried.append(draw)
-            continue
-        chain, values = carried
-        implied = edits.carried_answer(editing.chain.answer, values) if editing.problem.kind == "number" else None
-        yield Variant("mistake", "propagated", chain, made.step, draw, implied=implied)
+        else:
+            chain, implied = carried
+            yield Variant("mistake", "propagated", chain, made.step, draw, implied=implied)
     if not_carried:
-        reason = "no later step takes it up, or a result could not be written"
+        reason = "no later step takes it up, a result could not be written, or the length would change"
         editing.left_out.append(f"mistake in step {mistakes[0].step}, draws {not_carried}, not carried on: {reason}")
+
+
+def _carried(editing: Editing, made: edits.Mistake) -> tuple[Chain, str | None] | None:
+    """The chain with `made` carried on, and the answer it then comes to where it came to a* before."""
+    carried = edits.propagate(made)
+    if carried is None:
+        return None
+    chain, values = carried
+    if editing.plan.equal_length and editing.count(chain.text) != editing.count(editing.chain.text):
+        return None
+    return chain, edits.carried_answer(editing.chain.answer, values) if _ends_in_answer(editing) else None
+
+
+def _ends_in_answer(editing: Editing) -> bool:
+    """Whether the step the answer rests on (where unknown: the last with a number) comes to a*."""
+    chain, true_step = editing.chain, editing.problem.true_step
+    steps = [chain.steps[true_step]] if true_step is not None else [step for step in chain.steps if numbers(step)]
+    result = edits.comes_to(steps[-1]) if steps else None
+    return result is not None and same_answer(str(result), chain.answer, editing.problem.kind)
+
+
+def _conflicts(editing: Editing) -> Iterable[Variant]:
+    """Mistakes carried on to another answer: the question still has the gold one, the chain no longer."""
+    answer, gold, made_any = editing.chain.answer, editing.problem.gold, False
+    if not same_answer(answer, gold, "number") or not _ends_in_answer(editing):
+        editing.left_out.append(f"conflict: question, chain and reader ({answer.strip()}) do not agree on {gold}")
+        return
+    for step in range(len(editing.chain.steps)):
+        for draw in range(editing.plan.draws):
+            made = editing.mistake(step, draw)
+            carried = made and _carried(editing, made)
+            if carried and (implied := carried[1]) is not None:
+                made_any = True
+                yield Variant("conflict", "carried", carried[0], step, draw, implied=implied)
+    if not made_any:
+        editing.left_out.append("conflict: no mistake can be carried on to another answer")
 
 
 def _shuffles(editing: Editing) -> Iterable[Variant]:

@@ -175,7 +175,9 @@ def aligned_patches(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
 def conflict(records: Table) -> Table:
     """Mean probability of each party's answer: `reader variant p_chain p_question p_other n`."""
     found = records[(records["measure"] == "conflict") & records["metric"].isin(["p_chain", "p_question", "p_other"])]
-    of_problem = found.groupby(["reader", "variant", "problem_id", "metric"])["value"].mean().unstack("metric")
+    keys = ["reader", "variant", "problem_id", "metric"]
+    of_step = found.groupby([*keys, "step"], dropna=False)["value"].mean()
+    of_problem = of_step.groupby(keys).mean().unstack("metric")
     of_problem = of_problem.reindex(columns=["p_chain", "p_question", "p_other"])
     grouped = of_problem.groupby(["reader", "variant"])
     return grouped.mean().assign(n=grouped.size()).reset_index()

@@ -107,10 +107,25 @@ def test_a_filler_of_one_step_leaves_the_others_and_keeps_the_count():
     assert edits.filler(CHAIN, 2, words_and_marks, end=3) == edits.filler(CHAIN, 2, words_and_marks)
 
 
+@pytest.mark.parametrize(
+    ("step", "value"),
+    [
+        ("5 * 17 = 85.", 85),
+        ("So 17 remain.", 17),
+        ("So 17 of 22 remain.", None),
+        ("It is done.", None),
+        ("x = 4 - 9 = -5", -5),
+    ],
+)
+def test_what_a_step_comes_to(step: str, value: int | None) -> None:
+    assert edits.comes_to(step) == value
+
+
 def test_one_filler_in_all_and_deletion_by_hand():
     chain = replace(CHAIN, steps=("One.", " Two.", "\nThree. "))
     assert edits.filler_once(chain, 1).steps == ("One.", " ... ")
     assert edits.filler_once(chain, 0).steps == ("... ",)
+    assert edits.filler_once(chain, 3) == edits.filler_once(chain, 2, end=1) == chain
     assert edits.filler_once(chain, 2).steps == ("One.", " Two.", "\n... ")
     assert edits.filler_once(chain, 0, " _", end=1).steps == ("_", " Two.", "\nThree. ")
     assert [edits.delete(chain, i).steps for i in range(3)] == [

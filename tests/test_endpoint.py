@@ -211,7 +211,7 @@ def test_shares_of_samples_come_with_their_error(server: Server) -> None:
     assert len(set(seeds)) == n
 
 
-@pytest.mark.parametrize("status", [200, 400, 422])
+@pytest.mark.parametrize("status", [200, 400, 403, 422])
 def test_a_server_without_logprobs_is_sampled_and_asked_for_none_again(server: Server, status: int) -> None:
     answer = drawn({"B": 0.8, "(A)": 0.2})
     server.behave = lambda body: refused(status) if "logprobs" in body and status != 200 else answer(body)
@@ -236,6 +236,17 @@ def test_a_server_that_lists_fewer_tokens_is_asked_for_fewer(server: Server) -> 
     [answered] = asked.read([(asked.chain, [" B"])])
     assert answered.readings[0].p == pytest.approx(0.6)
     assert [body["top_logprobs"] for body in server.bodies] == [20, 5, 5]
+
+
+def test_a_reply_cut_off_in_a_calculation_is_no_answer(server: Server) -> None:
+    def behave(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        status, headers, reply = ok("That makes 9 *")
+        reply["choices"][0]["finish_reason"] = "length"
+        return status, headers, reply
+
+    server.behave = behave
+    with pytest.raises(CotfaithError, match=r"gave no number at once .* 'That makes 9 \*'"):
+        AskedChain.of(Endpoint("m", server.url), NUMBER, "number")
 
 
 def test_a_model_that_wants_max_completion_tokens_gets_them(server: Server) -> None:

@@ -82,6 +82,13 @@ def test_step_effects_against_loops_over_the_table(run: RunDirectory) -> None:
     assert effects["patch", "B", "p02", 1] == pytest.approx(patch[0] + 3)
 
 
+def test_a_conflict_counts_each_step_once_however_many_draws_it_has() -> None:
+    where = {"reader": "A", "problem_id": "p", "chain_id": "c", "measure": "conflict", "variant": "carried"}
+    rows = [{**where, "metric": m, "step": s, "seed": d, "value": v}
+            for m in ("p_chain", "p_question", "p_other") for s, d, v in ((0, 0, 0.6), (0, 1, 0.6), (0, 2, 0.6), (1, 0, 0.0))]  # fmt: skip
+    assert views.conflict(table(*rows))["p_chain"].tolist() == pytest.approx([0.3])
+
+
 def test_infogain_of_a_step_by_hand() -> None:
     """p(gold) = .1, .2, .8 after 0, 1, 2 steps; a chain with an unread point has none, and p = 0 gives no number."""
     key = {"reader": "A", "measure": "early_termination", "variant": ""}

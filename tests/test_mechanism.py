@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotfaith_mech.answers import extract_answer, is_whole
+from cotfaith_mech.answers import extract_answer, is_whole, uncut_answer
 from cotfaith_mech.arithmetic import people_problems
 from cotfaith_mech.attribution import direct_contributions, measure_attribution
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
@@ -22,7 +22,7 @@ from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.model import DirectPath, PlainRun, load
 from cotfaith_mech.patching import AnswerContrast, PatchPlan, measure_knockout, measure_patching
 from cotfaith_mech.problems import AnswerKind, Problem
-from cotfaith_mech.reading import MAX_ANSWER_TOKENS, Trunk, _uncut_answer, decoded, label_tokens, own_answer
+from cotfaith_mech.reading import MAX_ANSWER_TOKENS, Trunk, decoded, label_tokens, own_answer
 from cotfaith_mech.sampling import supplied_chain
 from cotfaith_mech.sites import Site
 from cotfaith_mech.variants import FILLERS, BehaviourPlan
@@ -154,13 +154,14 @@ def test_what_is_said_is_what_plain_decoding_writes(architecture: str, kind: Ans
     ("text", "kind", "cut", "answer"),
     [
         (" 1193.83333", "number", True, None), (" 1193.83333", "number", False, "1193.83333"), (" 9 * 18 =", "number", True, None), (" 9 *", "number", True, None),
+        (" so we have 9 x", "number", True, None), (" 9 \\times", "number", True, None), (" 42 = 35 +", "number", True, "42"),
         (" 22 apples and so on and", "number", True, "22"), (" 22.", "number", True, None), (" the Danube and", "text", True, "the Danube and"),
     ],
 )  # fmt: skip
 def test_a_number_cut_off_in_the_middle_is_no_answer(
     text: str, kind: AnswerKind, cut: bool, answer: str | None
 ) -> None:
-    assert _uncut_answer(text, kind, cut) == answer
+    assert uncut_answer(text, kind, cut) == answer
 
 
 @pytest.mark.smollm2

@@ -12,6 +12,10 @@
     return node;
   }
 
+  function said(answer) {
+    return answer === null ? "none at once" : answer ?? "–";
+  }
+
   // ---- charts ----
   function axis(own, ink, grid) {
     const title = { ...(own && own.title), standoff: 8 };
@@ -150,7 +154,7 @@
     });
     const answers = element("tr");
     answers.append(element("td", `${chain.cue.trim()} …`, "text"));
-    answers.append(...data.readers.map((reader) => element("td", chain.answers[reader] ?? "–", "n")));
+    answers.append(...data.readers.map((reader) => element("td", said(chain.answers[reader]), "n")));
     byId("chain-steps").replaceChildren(...rows, answers);
   }
 
@@ -181,7 +185,7 @@
     const text = element("td", null, "edit");
     edit.steps.forEach((step, j) => text.append(element(step === chain.steps[j] ? "span" : "mark", step)));
     if (!edit.steps.length) text.append(element("span", "(no step)", "soft"));
-    row.append(text, ...data.readers.map((reader) => element("td", edit.answers[reader] ?? "–", "n")));
+    row.append(text, ...data.readers.map((reader) => element("td", said(edit.answers[reader]), "n")));
     return row;
   }
 
