@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from .config import StudyConfig, load_config
     from .datasets_io import read_problems
     from .errors import CotfaithError
+    from .knockout import KnockoutPlan, measure_knockout
     from .model import load
-    from .patching import PatchPlan, measure_knockout, measure_patching
+    from .patching import PatchPlan, measure_patching
     from .problems import Problem
     from .reading import Trunk
     from .records import Record, RunDirectory
@@ -27,6 +28,7 @@ _HOMES = {
     "BehaviourPlan": "variants",
     "Chain": "chains",
     "CotfaithError": "errors",
+    "KnockoutPlan": "knockout",
     "PatchPlan": "patching",
     "Problem": "problems",
     "Record": "records",
@@ -38,7 +40,7 @@ _HOMES = {
     "load_config": "config",
     "measure_attribution": "attribution",
     "measure_behaviour": "behaviour",
-    "measure_knockout": "patching",
+    "measure_knockout": "knockout",
     "measure_patching": "patching",
     "read_problems": "datasets_io",
     "run_study": "study",
@@ -49,6 +51,7 @@ __all__ = [
     "BehaviourPlan",
     "Chain",
     "CotfaithError",
+    "KnockoutPlan",
     "PatchPlan",
     "Problem",
     "Record",

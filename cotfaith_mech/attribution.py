@@ -18,9 +18,9 @@ from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from .contrast import AnswerContrast
 from .errors import CotfaithError
 from .measured import Measured
-from .patching import AnswerContrast
 from .problems import Problem
 from .reading import Trunk
 from .sites import Site, SiteKind

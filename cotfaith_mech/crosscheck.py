@@ -15,9 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .chains import token_spans
+from .contrast import AnswerContrast
 from .errors import CotfaithError
+from .knockout import cut_edits
 from .model import BackendName, CachedRun, Model, PlainRun, same_weights
-from .patching import AnswerContrast, cut_edits, step_edits
+from .patching import step_edits
 from .problems import Problem
 from .reading import Trunk
 from .sites import ActivationEdit, Site
@@ -45,7 +47,7 @@ def sample_cells(trunk: Trunk, problem: Problem, n_cells: int, rng: np.random.Ge
     for number in range(n_cells):
         span = trunk.spans.steps[rng.integers(len(trunk.spans.steps))]
         if source is None or number % 2:
-            cells.append(cut_edits(n_layers, range(trunk.spans.cue[0], trunk.spans.answer[1]), range(*span)))
+            cells.append(cut_edits(range(n_layers), range(trunk.spans.cue[0], trunk.spans.answer[1]), range(*span)))
         else:
             site = Site("resid_pre", int(rng.integers(n_layers)))
             cells.append(step_edits(site.layer, span, source.read([site])[site]))

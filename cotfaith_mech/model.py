@@ -120,6 +120,8 @@ class Model(TextReader, Protocol):
     def info(self) -> ModelInfo: ...
 
     weights: Weights
+    windows: tuple[int | None, ...]
+    """Each layer's sliding window in tokens; None where a token sees all before it."""
     stop_tokens: frozenset[int]
     """Tokens after which the model writes no more."""
     digit_tokens: tuple[int, ...]

@@ -1,13 +1,11 @@
-"""Activation patching and attention knockout at step granularity, on one reader and one chain.
+"""Activation patching at step granularity, on one reader and one chain.
 
 Patching (how to: 2404.15255, 2309.16042): the residual stream before layer l at all tokens of step j is replaced by
 a source run's. The source is the aligned value swap: same question, same sentences, other numbers, same tokens.
   noise:   base = the chain, source = its twin;     denoise: base = the twin, source = the chain.
 Both runs have a* forced after the cue. The logit difference is read at the first token where a* and the foil (the
 twin's answer) diverge, their shared prefix teacher-forced.
-Knockout (Geva et al. 2304.14767): the attention edges from the cue and the forced answer to step j are cut in all
-layers before the softmax (masked: the rest renormalises). A query's own key is never cut.
-Controls: self-patch (exactly 0), a random direction of the patch's norm, as many random prompt positions cut.
+Controls: self-patch (exactly 0), a random direction of the patch's norm.
 """
 
 from __future__ import annotations
@@ -18,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from .chains import token_spans
+from .contrast import AnswerContrast
 from .errors import CotfaithError
 from .measured import Measured
 from .model import CachedRun
@@ -29,84 +27,21 @@ from .problems import Problem
 from .reading import Trunk
 from .sites import ActivationEdit, Site
 
-SINK_TOKENS = 4
-"""Prompt tokens at the start that no random control touches: attention sinks there are load-bearing for anything."""
-
-
 Direction = Literal["noise", "denoise"]
 
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """Layers to patch (None: all), directions, and random draws of the knockout control per step."""
+    """Layers to patch (None: all) and directions."""
 
     layers: tuple[int, ...] | None = None
     directions: tuple[Direction, ...] = ("noise", "denoise")
-    random_draws: int = 2
-
-
-@dataclass(frozen=True)
-class AnswerContrast:
-    """Where a* and a foil part: token ids of a*, index of the first differing one, and the two tokens there."""
-
-    answer_ids: tuple[int, ...]
-    index: int
-    answer_token: int
-    foil_token: int
-
-    @classmethod
-    def of(cls, trunk: Trunk, foil: str) -> AnswerContrast:
-        """Contrast of the trunk's a* with `foil`; CotfaithError where they cannot be compared token by token."""
-        own = _answer_ids(trunk, trunk.chain.answer)
-        other = _answer_ids(trunk, foil)
-        if own == other:
-            raise CotfaithError(f"The foil {foil!r} is the reader's own answer; give another foil.")
-        if len(own) != len(other):
-            raise CotfaithError(
-                f"a* {trunk.chain.answer!r} has {len(own)} tokens and the foil {foil!r} has {len(other)}; "
-                "give a foil of the same token length."
-            )
-        index = next(i for i, (a, b) in enumerate(zip(own, other, strict=True)) if a != b)
-        return cls(own, index, own[index], other[index])
-
-    @classmethod
-    def alone(cls, trunk: Trunk) -> AnswerContrast:
-        """a* without a foil: its logit difference is 0 and means nothing, its probability is read as ever."""
-        own = _answer_ids(trunk, trunk.chain.answer)
-        return cls(own, 0, own[0], own[0])
-
-    def reduce(self, logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 5"]:
-        """Logit difference, p(a*), is the foil's token the argmax where they part, is a*'s, is all of a* greedy."""
-        logits = logits[:, : len(self.answer_ids)]
-        here = logits[:, self.index]
-        ids = torch.tensor(self.answer_ids, device=logits.device)
-        logp = logits.log_softmax(-1).gather(2, ids.expand(len(logits), -1)[..., None]).sum((1, 2))
-        greedy = (logits.argmax(-1) == ids).all(-1).to(logp)
-        difference = here[:, self.answer_token] - here[:, self.foil_token]
-        says = [(here.argmax(-1) == token).to(logp) for token in (self.foil_token, self.answer_token)]
-        return torch.stack([difference, logp.exp(), *says, greedy], 1)
-
-    @property
-    def n_logits(self) -> int:
-        return len(self.answer_ids) + 1
-
-
-def _answer_ids(trunk: Trunk, answer: str) -> tuple[int, ...]:
-    forced = trunk.chain.with_answer(answer)
-    encoding = trunk.model.encode(forced.text)
-    return encoding.ids[token_spans(forced, encoding).answer[0] :]
 
 
 def step_edits(layer: int, span: tuple[int, int], source: Tensor) -> list[ActivationEdit]:
     """One cell: resid_pre of `layer` at the tokens of `span` replaced by `source[span]`."""
     positions = tuple(range(*span))
     return [ActivationEdit(Site("resid_pre", layer), positions, "replace", source[span[0] : span[1]])]
-
-
-def cut_edits(n_layers: int, queries: Sequence[int], keys: Sequence[int]) -> list[ActivationEdit]:
-    """One cell: edges from `queries` to `keys` cut in all layers, for all heads."""
-    cut = (tuple(queries), "knockout", None, tuple(keys))
-    return [ActivationEdit(Site("pattern", layer), *cut) for layer in range(n_layers)]
 
 
 def measure_patching(trunk: Trunk, problem: Problem, reader: str, plan: PatchPlan, *, seed: int = 0) -> Measured:
@@ -187,31 +122,3 @@ def _patch_controls(measured: Measured, trunk: Trunk, contrast: AnswerContrast, 
     for step, p_edited in enumerate(run.edited(noise, **read)[:, 1].tolist()):
         where = {"site": str(middle), "layer": middle.layer, "step": step, "seed": seed}
         measured.add("control", "norm_matched", {"delta_p": p_base - p_edited}, len(run.tokens), **where)
-
-
-def measure_knockout(trunk: Trunk, reader: str, plan: PatchPlan, *, seed: int = 0) -> Measured:
-    """Records of `knockout` for each step and for as many random prompt positions."""
-    measured = Measured(trunk.chain, reader)
-    spans, n_layers = trunk.spans, trunk.model.info.n_layers
-    queries = range(spans.cue[0], spans.answer[1])
-    prompt = np.arange(spans.prompt[0] + SINK_TOKENS, spans.prompt[1])
-    cells = [cut_edits(1, queries, ())]
-    coordinates: list[tuple[str, int, int | None]] = []
-    for step, span in enumerate(spans.steps):
-        cells.append(cut_edits(n_layers, queries, range(*span)))
-        coordinates.append(("masked", step, None))
-        for draw in range(plan.random_draws):
-            rng = np.random.default_rng([seed, 5, step, draw])
-            keys = rng.choice(prompt, min(span[1] - span[0], len(prompt)), replace=False)
-            cells.append(cut_edits(n_layers, queries, sorted(keys.tolist())))
-            coordinates.append(("masked_random", step, draw))
-    contrast = AnswerContrast.alone(trunk)
-    base, *rows = trunk.run.edited(cells, n_logits=contrast.n_logits, reduce=contrast.reduce).tolist()
-    for (variant, step, draw), row in zip(coordinates, rows, strict=True):
-        values = {
-            "delta_logp": float(np.log(max(base[1], 1e-45)) - np.log(max(row[1], 1e-45))),
-            "delta_p": base[1] - row[1],
-            "same": row[4],
-        }
-        measured.add("knockout", variant, values, len(trunk.run.tokens), step=step, seed=draw)
-    return measured

@@ -52,9 +52,9 @@ class Site:
 class ActivationEdit:
     """One intervention as a value: at `site`, for token `positions` (absolute), do `op`.
 
-    replace, add: `value` is a tensor `[len(positions), *width]`. zero takes no value. knockout cuts the attention
-    edges from query `positions` to key positions `keys` at the site `pattern` before the softmax, so that the rest
-    renormalises; a query's own key is never cut.
+    replace, add: `value` is a tensor `[len(positions), *width]`. zero takes no value. At the site `pattern`, where an
+    edit is of the edges from query `positions` to key positions `keys`, knockout cuts them before the softmax, so that
+    the rest renormalises (a query's own key is never cut), and zero makes their weights 0 after it.
     """
 
     site: Site
@@ -64,8 +64,9 @@ class ActivationEdit:
     keys: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.op == "knockout") != (self.site.kind == "pattern"):
-            raise CotfaithError(f"op={self.op!r} does not fit site {self.site}: knockout goes with pattern, alone.")
+        on_edges = self.site.kind == "pattern"
+        if (self.op == "knockout" and not on_edges) or (on_edges and self.op not in ("knockout", "zero")):
+            raise CotfaithError(f"op={self.op!r} does not fit site {self.site}: pattern takes knockout or zero.")
         if (self.value is None) != (self.op in ("zero", "knockout")):
             raise CotfaithError(f"op={self.op!r} at {self.site}: replace and add need a value, the others take none.")
         if self.value is not None and len(self.value) != len(self.positions):

@@ -28,9 +28,10 @@ from .config import ReaderConfig, StudyConfig, parse_config
 from .datasets_io import read_problems
 from .errors import CotfaithError, EndpointError
 from .figures import draw_figures
+from .knockout import ALL_EDGES, KnockoutPlan, measure_knockout
 from .measured import Measured
 from .paraphrasers import Paraphrases, by_model, by_rules, supplied, tally
-from .patching import PatchPlan, measure_knockout, measure_patching
+from .patching import PatchPlan, measure_patching
 from .problems import Problem
 from .records import Record, RunDirectory, unit_id
 from .report import build_report
@@ -427,7 +428,11 @@ def _measure(
     patch_plan = PatchPlan(config.patch_layers, config.patch_directions)
     parts: dict[str, Callable[[], Measured]] = {}
     if isinstance(trunk, Trunk):
-        parts["knockout"] = lambda: measure_knockout(trunk, reader.name, patch_plan, seed=seed)
+        cuts = KnockoutPlan(ALL_EDGES, ("masked", "zeroed")) if config.battery == "full" else KnockoutPlan()
+        parts["knockout"] = lambda: measure_knockout(trunk, reader.name, cuts, seed=seed)
+        if config.battery == "full" and reader.mechanism and unit.problem.twin_answer:
+            heads, foil = KnockoutPlan(("heads",), ("zeroed",)), f" {unit.problem.twin_answer}"
+            parts["knockout of heads"] = lambda: measure_knockout(trunk, reader.name, heads, foil=foil, seed=seed)
         if config.battery == "full":
             parts["decision trace"] = lambda: measure_trace(trunk, reader.name)
         if reader.mechanism:

@@ -99,6 +99,67 @@ def test_every_edit_agrees_with_the_plain_path(architecture: str, backend: str) 
     assert ((expected - base).abs().amax(1) > 1e-3).sum() >= 20
 
 
+def zeroed_cells(n_heads: int) -> list[list[ActivationEdit]]:
+    """Edges zeroed in all layers, in one, for the last head alone, beside other edits, for two groups of queries."""
+    rows = ((N_TOKENS - 1, N_TOKENS - 2), "zero", None, (2, 5, 14, 15))
+    early = ((9, 11), "zero", None, (3, 4, 8))
+    cells = [[ActivationEdit(Site("pattern", layer), *rows) for layer in range(4)]]
+    cells += [[ActivationEdit(Site("pattern", layer), *edges)] for layer, edges in ((2, rows), (1, early))]
+    cells.append([ActivationEdit(Site("pattern", layer, n_heads - 1), *rows) for layer in (1, 3)])
+    cells.append([ActivationEdit(Site("pattern", 2, head), *early) for head in (0, 2)])
+    both = [ActivationEdit(Site("pattern", layer), *edges) for layer in (1, 2) for edges in (rows, early)]
+    return [
+        *cells,
+        [*both, ActivationEdit(Site("resid_pre", 2), (10,), "zero")],
+        [*both, ActivationEdit(Site("z", 2), (9,), "zero")],
+    ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("backend", ["corner", "plain"])
+def test_zeroed_edges_agree_with_transformer_lens(architecture: str, backend: str) -> None:
+    """TransformerLens sets the weights to 0 where it shows them; here no weight is seen. Other cells share the batch."""
+    ours, theirs, x = model(architecture), model(architecture, "transformer_lens"), tokens(2)[0].tolist()
+    pairs = zip(zeroed_cells(ours.info.n_heads), random_cells(ours)[-7:], strict=True)
+    mixed = [cell for pair in pairs for cell in pair]
+    read = {"n_logits": 3, "reduce": last_logits}
+    expected = PlainRun(theirs, x).edited(mixed, **read)
+    run = ours.cached_run(x) if backend == "corner" else PlainRun(ours, x)
+    torch.testing.assert_close(run.edited(mixed, **read), expected, atol=1e-4, rtol=0)
+    base = last_logits(ours.run(torch.tensor([x]), n_logits=3).logits)
+    assert ((expected[::2] - base).abs().amax(1) > 1e-3).all()
+
+
+def test_zeroed_edges_do_not_renormalise_and_leave_other_reads_alone() -> None:
+    """Two rows of a plain pass: z loses weight times value of the cut keys, at the queries and the head named."""
+    m, x = model("llama-gqa"), tokens(4, rows=2)
+    edit = ActivationEdit(Site("pattern", 1, 3), (14, 16), "zero", None, (2, 9))
+    sites = [Site("z", 1), Site("v", 1), Site("pattern", 1), Site("resid_pre", 1)]
+    base, got = (m.run(x, read=sites, edits=edits).activations for edits in ((), (edit,)))
+    expected = base[sites[0]].clone()
+    lost = base[sites[2]][:, 3][:, [14, 16]][:, :, [2, 9]] @ base[sites[1]][:, [2, 9], 3 // 2]
+    expected[:, [14, 16], 3] -= lost
+    torch.testing.assert_close(got[sites[0]], expected, atol=1e-5, rtol=0)
+    assert lost.abs().max() > 1e-3
+    assert torch.equal(got[sites[3]], base[sites[3]])
+
+
+def test_zeroed_edges_that_cannot_be_made_are_refused() -> None:
+    m, x = model("llama-gqa"), tokens(2)[0].tolist()
+    site, read = Site("pattern", 1), {"n_logits": 1, "reduce": last_logits}
+    for cell, told in (
+        ([ActivationEdit(site, (9, 11), "zero", None, (3, 9))], "queries and keys"),
+        (
+            [ActivationEdit(site, (9,), "zero", None, (3,)), ActivationEdit(site, (9,), "zero", None, (4,))],
+            "in one edit",
+        ),
+    ):
+        with pytest.raises(CotfaithError, match=told):
+            m.cached_run(x).edited([cell], **read)
+    with pytest.raises(CotfaithError, match="use huggingface"):
+        PlainRun(model("llama-gqa", "nnsight"), x).edited([[ActivationEdit(site, (9,), "zero", None, (3,))]], **read)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_invokes_of_one_nnsight_forward_do_not_mix(architecture: str) -> None:
     """Cells with and without knockouts in one batch: a mask that leaks from row to row is off by whole logits."""

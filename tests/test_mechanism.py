@@ -17,14 +17,16 @@ from cotfaith_mech.attribution import direct_contributions, measure_attribution
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.behaviour import measure_behaviour
 from cotfaith_mech.chains import Chain, token_spans
+from cotfaith_mech.contrast import AnswerContrast
 from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
-from cotfaith_mech.model import DirectPath, PlainRun, load
-from cotfaith_mech.patching import AnswerContrast, PatchPlan, measure_knockout, measure_patching
+from cotfaith_mech.knockout import ALL_EDGES, KnockoutPlan, cut_edits, measure_knockout
+from cotfaith_mech.model import DirectPath, PlainRun, load, same_weights
+from cotfaith_mech.patching import PatchPlan, measure_patching
 from cotfaith_mech.problems import AnswerKind, Problem
 from cotfaith_mech.reading import MAX_ANSWER_TOKENS, Trunk, decoded, label_tokens, own_answer
 from cotfaith_mech.sampling import supplied_chain
-from cotfaith_mech.sites import Site
+from cotfaith_mech.sites import ActivationEdit, Site
 from cotfaith_mech.variants import FILLERS, BehaviourPlan
 
 from .tiny import tiny
@@ -97,7 +99,7 @@ def test_an_answer_ends_at_the_stop_token_whatever_was_guessed(monkeypatch: pyte
     monkeypatch.setattr(m, "stop_tokens", frozenset({tokens[stop]}))
     monkeypatch.setattr("cotfaith_mech.reading.is_whole", lambda text, kind: False)
     written = m.decode(tokens[:stop])
-    monkeypatch.setattr("cotfaith_mech.reading.extract_answer", lambda text, kind: text)
+    monkeypatch.setattr("cotfaith_mech.reading.uncut_answer", lambda text, kind, cut: text)
     for guess in (None, written, written + m.decode(tokens[stop : stop + 1]) + " 17"):
         assert own_answer(m, chain, "text", guess=guess)[1] == written
 
@@ -211,27 +213,104 @@ def test_self_patch_is_exactly_zero_and_the_random_direction_is_not() -> None:
     assert control["norm_matched"] != 0
 
 
-def test_knockout_cuts_cue_and_answer_rows_only() -> None:
-    """Oracle: an additive mask written out by hand over the whole sequence, eager attention."""
-    t = trunk("llama-mqa")
-    records = measure_knockout(t, "A", PatchPlan()).records
-    got = {r.step: r.value for r in records if r.variant == "masked" and r.metric == "delta_logp"}
+@pytest.mark.parametrize("architecture", ["llama-mqa", "qwen2"])
+def test_every_knockout_against_a_mask_made_by_hand(architecture: str) -> None:
+    """Oracle: an additive mask written out over the whole sequence, eager attention."""
+    t = trunk(architecture)
+    records = measure_knockout(t, "A", KnockoutPlan(ALL_EDGES, random_draws=0)).records
+    got = {(r.variant, r.step): r.value for r in records if r.metric == "delta_logp"}
     tokens = torch.tensor([t.run.tokens])
     n, (start, end) = tokens.shape[1], t.spans.answer
+    steps, rows = t.spans.steps, slice(t.spans.cue[0], n)
 
-    def logp_answer(step: int | None) -> float:
+    def logp_answer(queries: slice | None = None, keys: slice = slice(0, 0)) -> float:
         allowed = torch.ones(n, n, dtype=torch.bool).tril()
-        if step is not None:
-            allowed[t.spans.cue[0] :, slice(*t.spans.steps[step])] = False
+        if queries is not None:
+            allowed[queries, keys] = False
         mask = torch.zeros(n, n).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
-        with torch.no_grad(), model("llama-mqa").attention("eager"):
+        with torch.no_grad(), t.model.attention("eager"):
             logits = t.model.weights.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0]
         logp = logits.log_softmax(-1)[start - 1 : end - 1]
         return float(logp.gather(1, tokens[0, start:end, None]).sum())
 
-    for step in range(4):
-        assert got[step] == pytest.approx(logp_answer(None) - logp_answer(step), abs=1e-4)
-    assert all(abs(value) > 1e-3 for value in got.values())
+    expected = {
+        ("masked_chain", None): (rows, slice(steps[0][0], t.spans.cue[0])),
+        ("masked_question", None): (rows, slice(4, t.spans.prompt[1])),
+    }
+    for j, (first, last) in enumerate(steps):
+        expected["masked", j] = (rows, slice(first, last))
+        if j < 3:
+            expected["masked_later", j] = (slice(last, t.spans.cue[0]), slice(first, last))
+            expected["masked_joint", j] = (slice(last, n), slice(first, last))
+        for i in range(j + 1, 4):
+            expected[f"masked_from_step_{i}", j] = (slice(*steps[i]), slice(first, last))
+    base = logp_answer()
+    assert set(got) == set(expected)
+    for name, edges in expected.items():
+        assert got[name] == pytest.approx(base - logp_answer(*edges), abs=1e-4), name
+    assert sum(abs(value) > 1e-3 for value in got.values()) > 12
+
+
+def test_the_joint_knockout_of_a_step_is_its_deletion_at_kept_positions() -> None:
+    t = trunk("llama-gqa")
+    records = measure_knockout(t, "A", KnockoutPlan(("joint",))).records
+    got = {r.step: r.value for r in records if r.metric == "delta_logp"}
+    start, end = t.spans.answer
+
+    def logp_answer(cut: tuple[int, int]) -> float:
+        kept = [i for i in range(len(t.run.tokens)) if not cut[0] <= i < cut[1]]
+        ids = torch.tensor([[t.run.tokens[i] for i in kept]])
+        with torch.no_grad():
+            logits = t.model.weights.model(
+                input_ids=ids,
+                position_ids=torch.tensor([kept]),
+                attention_mask=torch.ones_like(ids),  # without one, a gap in the positions is read as another sequence
+                use_cache=False,
+            ).logits[0]
+        logp, n = logits.log_softmax(-1), end - start
+        return float(logp[-n - 1 : -1].gather(1, ids[0, -n:, None]).sum())
+
+    for step in range(3):
+        assert got[step] == pytest.approx(logp_answer((0, 0)) - logp_answer(t.spans.steps[step]), abs=1e-4)
+
+
+def test_edges_outside_a_sliding_window_are_undefined() -> None:
+    """Mistral's window here is shorter than the chain: what no layer sees has no effect to speak of, which is not 0."""
+    t = trunk("mistral")
+    (window,) = set(t.model.windows)
+    assert window is not None
+    records = measure_knockout(t, "A", KnockoutPlan(("step", "question"))).records
+    got = {(r.variant, r.step): r.value for r in records if r.metric == "delta_p"}
+    for step, (_, end) in enumerate(t.spans.steps):
+        unseen = t.spans.cue[0] - (end - 1) >= window
+        assert np.isnan(got["masked", step]) == unseen
+    assert np.isnan(got["masked_question", None])
+    assert {bool(np.isnan(value)) for value in got.values()} == {True, False}
+
+
+def test_zeroed_heads_and_windows_are_where_they_say() -> None:
+    """Each head of each layer against TransformerLens, at the row that predicts where a* and the foil part."""
+    t = trunk("llama-gqa")
+    other = PlainRun(same_weights(t.model, "transformer_lens"), t.run.tokens)
+    contrast = AnswerContrast.of(t, f" {problem().twin_answer}")
+    plan = KnockoutPlan(("heads", "windows"), ("zeroed",), window=3)
+    records = measure_knockout(t, "A", plan, foil=f" {problem().twin_answer}").records
+    got = {(r.variant, r.step, r.layer, r.head): r.value for r in records if r.metric == "delta_logit_diff"}
+    n_layers, n_heads = t.model.info.n_layers, t.model.info.n_heads
+    assert len(got) == 4 * (n_layers * n_heads + n_layers)
+    read = {"n_logits": contrast.n_logits, "reduce": contrast.reduce}
+    at, rows = t.spans.answer[0] + contrast.index - 1, range(t.spans.cue[0], t.spans.answer[1])
+    cases = {("zeroed_head", 1, 2, 5): cut_edits((2,), (at,), range(*t.spans.steps[1]), "zeroed", 5)}
+    cases["zeroed_head", 3, 0, 1] = cut_edits((0,), (at,), range(*t.spans.steps[3]), "zeroed", 1)
+    cases["zeroed_window_3", 2, 1, None] = cut_edits((1, 2, 3), rows, range(*t.spans.steps[2]), "zeroed")
+    cases["zeroed_window_3", 0, 3, None] = cut_edits((3,), rows, range(*t.spans.steps[0]), "zeroed")
+    base, *expected = other.edited(
+        [[ActivationEdit(Site("z", 0), (0,), "add", torch.zeros(1, n_heads, t.model.info.d_head))], *cases.values()],
+        **read,
+    )[:, 0].tolist()
+    for name, value in zip(cases, expected, strict=True):
+        assert got[name] == pytest.approx(base - value, abs=1e-4), name
+        assert abs(base - value) > 1e-4
 
 
 @pytest.mark.parametrize("architecture", ["llama-mha", "llama-gqa", "llama-mqa", "qwen2", "mistral", "gemma2"])

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import CotfaithError
-from ..model import Branch, Ids, Reduce, Then
+from ..model import Branch, Ids, ModelInfo, Reduce, Then
 from ..sites import ActivationEdit, Site
 from .forest import Batch, packed
 from .hooks import RowEdit, hooked
+from .shadows import Shadow, is_zeroed, shadowed, shadowed_edits
 
 if TYPE_CHECKING:
     from .huggingface import HuggingFaceModel
@@ -44,13 +45,15 @@ MOST_STARTS = 17
 class _FrozenPrefix(DynamicLayer):
     """Base K/V of one layer before `start`, expanded to however many rows the pass holds.
 
-    With `keeps`, what the rows add of their own stays, so that they can go on.
+    With `keeps`, what the rows add of their own stays, so that they can go on. Rows in `zeroed` see the values of some
+    keys as zero (shadows.py).
     """
 
     def __init__(self, keys: Tensor, values: Tensor, start: int, keeps: bool = False) -> None:
         super().__init__()
         self.keys, self.values, self.start, self.keeps = keys[:, :, :start], values[:, :, :start], start, keeps
         self.own: tuple[Tensor, Tensor] | None = None
+        self.zeroed: list[tuple[slice, list[int]]] = []
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -60,7 +63,10 @@ class _FrozenPrefix(DynamicLayer):
             )
         if self.keeps:
             self.own = key_states, value_states
-        return self._joined(self.keys, key_states), self._joined(self.values, value_states)
+        keys, values = self._joined(self.keys, key_states), self._joined(self.values, value_states)
+        for rows, cut in self.zeroed:
+            values[rows, :, cut] = 0
+        return keys, values
 
     def _joined(self, prefix: Tensor | None, new: Tensor) -> Tensor:
         assert prefix is not None
@@ -75,6 +81,12 @@ class _FrozenPrefix(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
+
+
+def uncached(info: ModelInfo) -> Cache:
+    """A cache without a prefix, for a whole pass some of whose rows see values as zero."""
+    none = torch.empty(1, info.n_kv_heads, 0, info.d_head, device=info.device, dtype=getattr(torch, info.dtype))
+    return Cache(layers=[_FrozenPrefix(none, none, 0) for _ in range(info.n_layers)])
 
 
 class _Recording(DynamicLayer):
@@ -182,7 +194,8 @@ class CornerRun:
         starts = [min(read_from, *(p for edit in cell for p in edit.positions)) for cell in cells]
         layers = [min(edit.site.layer for edit in cell) for cell in cells]
         results: dict[int, Tensor] = {}
-        for group in self._groups(starts, layers):
+        rows_a_cell = 2 if any(is_zeroed(edit) for cell in cells for edit in cell) else 1
+        for group in self._groups(starts, layers, rows_a_cell):
             start = starts[group[0]]
             logits = self._climb(start, [cells[i] for i in group], [layers[i] for i in group], n_logits)
             reduced = reduce(logits.float())
@@ -197,7 +210,7 @@ class CornerRun:
             if outside or not edit.positions:
                 raise CotfaithError(f"{edit}: positions {outside} lie outside the run of {len(self.tokens)} tokens.")
 
-    def _groups(self, starts: Sequence[int], layers: Sequence[int]) -> Iterator[list[int]]:
+    def _groups(self, starts: Sequence[int], layers: Sequence[int], rows_a_cell: int) -> Iterator[list[int]]:
         """Cells that climb together, sorted by layer; each group begins with its smallest start.
 
         Neighbouring starts are merged where re-reading a few more tokens costs less than another pass, by dynamic
@@ -218,7 +231,7 @@ class CornerRun:
         for first, end in _cheapest_cuts(len(distinct), costs):
             chosen = set(distinct[first:end])
             members = sorted((i for i, s in enumerate(starts) if s in chosen), key=lambda i: layers[i])
-            rows = max(1, self.max_tokens // (length - distinct[first]))
+            rows = max(1, self.max_tokens // (length - distinct[first]) // rows_a_cell)
             for cut in range(0, len(members), rows):
                 part = members[cut : cut + rows]
                 lowest = min(part, key=lambda i: starts[i])
@@ -227,15 +240,27 @@ class CornerRun:
     def _climb(
         self, start: int, cells: Sequence[Cell], layers: Sequence[int], n_logits: int
     ) -> Float[Tensor, "cell read vocab"]:
-        order = sorted(range(len(cells)), key=lambda i: layers[i])
-        row_of = {cell: row for row, cell in enumerate(order)}
-        edits = [RowEdit(edit, slice(row_of[i], row_of[i] + 1), start) for i, cell in enumerate(cells) for edit in cell]
-        joins = Counter(layers)
+        zeroed = [(i, edits) for i, cell in enumerate(cells) for edits in shadowed_edits(cell)]
+        layers = [*layers, *(layers[i] for i, _ in zeroed)]
+        row_of = {cell: row for row, cell in enumerate(sorted(range(len(layers)), key=lambda i: layers[i]))}
+        rows = [slice(row_of[i], row_of[i] + 1) for i in range(len(layers))]
+        edits = [RowEdit(edit, rows[i], start) for i, cell in enumerate(cells) for edit in cell]
+        shadows = [
+            Shadow(group, rows[i], shadow) for (i, group), shadow in zip(zeroed, rows[len(cells) :], strict=True)
+        ]
+        d_head, cache = self.model.info.d_head, self._frozen(start)
         with (
-            self._joining(joins, start),
-            hooked(self.model.layout, d_head=self.model.info.d_head, edits=edits),
+            self._joining(Counter(layers), start),
+            shadowed(
+                self.model.layout,
+                shadows,
+                d_head=d_head,
+                offset=start,
+                cache=cache,
+                edits=hooked(self.model.layout, d_head=d_head, edits=edits),
+            ),
         ):
-            logits = self._forward(self._row[:, start:], start, n_logits)
+            logits = self._forward(self._row[:, start:], start, n_logits, cache)
         return logits[[row_of[i] for i in range(len(cells))]]
 
     def _forward(

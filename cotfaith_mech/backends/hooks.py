@@ -109,15 +109,19 @@ class RowEdit:
 def hooked(
     layout: Layout, *, d_head: int, edits: Sequence[RowEdit] = (), read: Sequence[Site] = ()
 ) -> Iterator[dict[Site, Tensor]]:
-    """Apply `edits` and collect `read` during the forwards inside; raises when a hook never fired."""
+    """Apply `edits` and collect `read` during the forwards inside; raises when a hook never fired.
+
+    Edges zeroed after the softmax are not made here but by shadows.py.
+    """
     store: dict[Site, Tensor] = {}
     fired: set[int] = set()
     cuts: dict[int, list[RowEdit]] = defaultdict(list)
     with ExitStack() as stack:
         for number, row_edit in enumerate(edits):
             site = row_edit.edit.site
-            if row_edit.edit.op == "knockout":
-                cuts[site.layer].append(row_edit)
+            if site.kind == "pattern":
+                if row_edit.edit.op == "knockout":
+                    cuts[site.layer].append(row_edit)
                 continue
             _attach(stack, layout, site, d_head, _editor(row_edit, fired, number))
         for layer, layer_cuts in cuts.items():
@@ -126,7 +130,7 @@ def hooked(
         for site in read:
             _attach(stack, layout, site, d_head, _reader(store, site))
         yield store
-        expected = {number for number, row_edit in enumerate(edits) if row_edit.edit.op != "knockout"}
+        expected = {number for number, row_edit in enumerate(edits) if row_edit.edit.site.kind != "pattern"}
         silent = [str(edits[number].edit) for number in expected - fired] + [str(s) for s in read if s not in store]
         if silent:
             raise CotfaithError(f"These hooks never fired: {'; '.join(silent)}; check layer and site.")

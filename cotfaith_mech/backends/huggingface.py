@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..model import CachedRun, Run
 from ..sites import ActivationEdit, Site
-from .corner import CornerRun
+from .corner import CornerRun, uncached
 from .hooks import RowEdit, hooked
+from .shadows import Shadow, shadowed, shadowed_edits
 from .text import TextSide
 from .weights import Weights
 
@@ -33,14 +34,29 @@ class HuggingFaceModel(TextSide):
         n_logits: int = 1,
     ) -> Run:
         """See `Model.run`. Reading a pattern switches attention to eager for this pass."""
-        row_edits = [RowEdit(edit, slice(None), 0) for edit in edits]
+        n, d_head = len(tokens), self.info.d_head
+        groups = shadowed_edits(edits)
+        shadows = [Shadow(group, slice(n), slice(i * n, (i + 1) * n)) for i, group in enumerate(groups, 1)]
+        row_edits = [RowEdit(edit, slice(n), 0) for edit in edits]
         wants_pattern = any(site.kind == "pattern" for site in read)
+        cache = uncached(self.info) if shadows else None
         with (
             self.attention("eager" if wants_pattern else None),
-            hooked(self.layout, d_head=self.info.d_head, edits=row_edits, read=read) as store,
+            shadowed(
+                self.layout,
+                shadows,
+                d_head=d_head,
+                offset=0,
+                cache=cache,
+                edits=hooked(self.layout, d_head=d_head, edits=row_edits),
+            ),
+            hooked(self.layout, d_head=d_head, read=read) as store,
         ):
-            out = self.weights.model(input_ids=tokens, use_cache=False, logits_to_keep=n_logits)
-        return Run(out.logits, store)
+            rows = tokens.repeat(1 + len(shadows), 1)
+            out = self.weights.model(
+                input_ids=rows, past_key_values=cache, use_cache=cache is not None, logits_to_keep=n_logits
+            )
+        return Run(out.logits[:n], {site: value[:n] for site, value in store.items()})
 
     @property
     def is_eager(self) -> bool:

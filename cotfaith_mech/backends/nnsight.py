@@ -46,6 +46,9 @@ class NnsightModel(TextSide):
         n_logits: int = 1,
     ) -> Run:
         """See `Model.run`. Reading a pattern needs eager attention, which the clone uses for that pass."""
+        for edit in edits:
+            if edit.site.kind == "pattern" and edit.op == "zero":
+                raise CotfaithError(f"{edit}: nnsight sees no weights between softmax and values; use huggingface.")
         for site in (*read, *(edit.site for edit in edits)):
             if not 0 <= site.layer < self.info.n_layers:
                 raise CotfaithError(f"{site} does not exist: the model has layers 0 to {self.info.n_layers - 1}.")

@@ -29,6 +29,7 @@ class TextSide:
         self.weights = weights
         self.layout = Layout.of(weights.model)
         check_residual_stream(weights.model, self.layout)
+        self.windows = tuple(modules.window for modules in self.layout.layers)
         self.tokenizer = weights.tokenizer
         stops = weights.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.stop_tokens = frozenset(stops if isinstance(stops, list) else [stops])

@@ -94,6 +94,8 @@ def _reader(store: dict[Site, Tensor], site: Site) -> Callable[..., None]:
 
 
 def _edit_hook(edit: ActivationEdit, fired: set[str]) -> tuple[str, Callable[..., Tensor]]:
+    if edit.site.kind == "pattern" and edit.op == "zero":
+        return _name(edit.site), _zeroer(edit, fired)
     if edit.op == "knockout":
         return f"blocks.{edit.site.layer}.attn.hook_attn_scores", _cutter(edit, fired)
     return _name(edit.site), _editor(edit, fired)
@@ -129,6 +131,18 @@ def _mid_hooks(edit: ActivationEdit, fired: set[str]) -> list[tuple[str, Callabl
         return torch.where(after == before, attn_out, after - residual[0])
 
     return [(f"blocks.{edit.site.layer}.hook_resid_pre", keep), (f"blocks.{edit.site.layer}.hook_attn_out", write)]
+
+
+def _zeroer(edit: ActivationEdit, fired: set[str]) -> Callable[..., Tensor]:
+    def hook(pattern: Tensor, hook: Any) -> Tensor:
+        pattern = pattern.clone()
+        heads = slice(None) if edit.site.head is None else edit.site.head
+        for query in edit.positions:
+            pattern[:, heads, query, list(edit.keys)] = 0
+        fired.add(str(edit))
+        return pattern
+
+    return hook
 
 
 def _cutter(edit: ActivationEdit, fired: set[str]) -> Callable[..., Tensor]:

@@ -1,0 +1,106 @@
+"""Attention edges zeroed after the softmax, without a look inside any attention.
+
+z at a query is the sum over keys of weight times value, so it loses exactly the cut edges where the values of the cut
+keys are zero. A shadow row repeats a layer on the input of the row it shadows, with those values zeroed, and hands its
+z over at the queries and heads of the edit. The weights stay as they are: nothing is renormalised. Exact for any
+attention implementation, sliding window, soft-cap and grouping of heads, at the price of one more row a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..errors import CotfaithError
+from ..sites import ActivationEdit
+from .hooks import Layout, heads_view
+
+
+def is_zeroed(edit: ActivationEdit) -> bool:
+    """Whether `edit` zeroes attention edges (a knockout cuts them before the softmax)."""
+    return edit.site.kind == "pattern" and edit.op == "zero"
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """`edits`, equal in queries and keys, of the rows `rows`, made by way of the rows `shadows`."""
+
+    edits: tuple[ActivationEdit, ...]
+    rows: slice
+    shadows: slice
+
+
+def shadowed_edits(cell: Sequence[ActivationEdit]) -> list[tuple[ActivationEdit, ...]]:
+    """The zeroed edits of a cell, those of equal queries and keys together: one shadow serves all layers and heads.
+
+    Raises CotfaithError where a key is a query too, or two groups meet in a layer at a query.
+    """
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[ActivationEdit]] = {}
+    for edit in filter(is_zeroed, cell):
+        if both := sorted(set(edit.positions) & set(edit.keys)):
+            raise CotfaithError(f"{edit}: positions {both} are queries and keys; zero edges between different tokens.")
+        groups.setdefault((edit.positions, edit.keys), []).append(edit)
+    taken: set[tuple[int, int]] = set()
+    for edits in groups.values():
+        own = {(edit.site.layer, position) for edit in edits for position in edit.positions}
+        if own & taken:
+            raise CotfaithError(f"{edits[0]}: its queries lose other keys too; give all keys of a query in one edit.")
+        taken |= own
+    return [tuple(edits) for edits in groups.values()]
+
+
+@contextmanager
+def shadowed(
+    layout: Layout, shadows: Sequence[Shadow], *, d_head: int, offset: int, cache: Cache | None, edits: Any
+) -> Iterator[None]:
+    """Make the edits of `shadows` during the forwards inside, whose first token stands at `offset`.
+
+    The other edits, a context, go in between: a shadow repeats a layer on an input already edited, and z is edited
+    after it was handed over. The layers of `cache` have a list `zeroed` of (rows, keys) whose values count as zero.
+    """
+    at_work = [(shadow, layer, edits) for shadow in shadows for layer, edits in _by_layer(shadow).items()]
+    with ExitStack() as stack:
+        for shadow, layer, own in at_work:
+            values: Any = cache and cache.layers[layer]
+            values.zeroed.append((shadow.shadows, list(own[0].keys)))
+            hook = layout.layers[layer].attention.o_proj.register_forward_pre_hook(
+                _handing_over(shadow, own, offset, d_head)
+            )
+            stack.callback(hook.remove)
+        stack.enter_context(edits)
+        for shadow, layer, _ in at_work:
+            hook = layout.layers[layer].layer.register_forward_pre_hook(_input_of(shadow), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+def _by_layer(shadow: Shadow) -> dict[int, list[ActivationEdit]]:
+    by_layer: dict[int, list[ActivationEdit]] = {}
+    for edit in shadow.edits:
+        by_layer.setdefault(edit.site.layer, []).append(edit)
+    return by_layer
+
+
+def _input_of(shadow: Shadow) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden[shadow.shadows] = hidden[shadow.rows]
+
+    return hook
+
+
+def _handing_over(shadow: Shadow, edits: Sequence[ActivationEdit], offset: int, d_head: int) -> Any:
+    queries = [position - offset for position in edits[0].positions]
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        z = heads_view(args[0], d_head)
+        for edit in edits:
+            heads = slice(None) if edit.site.head is None else slice(edit.site.head, edit.site.head + 1)
+            z[shadow.rows, queries, heads] = z[shadow.shadows, queries, heads]
+
+    return hook
