@@ -71,8 +71,11 @@ def _people_problem(rng: np.random.Generator, problem_id: str, n_people: int) ->
     order = [int(i) for i in rng.permutation(n_people)]
     asked = int(rng.integers(n_people))
     noun = str(rng.choice(NOUNS))
-    bare = " ".join(f"{a.name} has {a.start} {noun} and {a.verb} {a.amount}." for a in accounts)
-    bare += f" How many {noun} does {accounts[asked].name} have?"
+    bare, twin_bare = (
+        " ".join(f"{a.name} has {a.start} {noun} and {a.verb} {a.amount}." for a in told)
+        + f" How many {noun} does {accounts[asked].name} have?"
+        for told in (accounts, twins)
+    )
     gold, twin = str(accounts[asked].result), str(twins[asked].result)
     steps, twin_steps = _joined(accounts, order), _joined(twins, order)
     recorded = f"{bare} (Record: {gold}.)"
@@ -85,6 +88,7 @@ def _people_problem(rng: np.random.Generator, problem_id: str, n_people: int) ->
         cue=f"\nSo {accounts[asked].name} has",
         twin_steps=twin_steps,
         twin_answer=twin,
+        twin_question=f"{twin_bare} (Record: {twin}.)",
         true_step=order.index(asked),
         conflicts=(
             Conflict("record_agree", recorded, twin_steps, gold, twin),
@@ -192,8 +196,10 @@ def _word_problem(rng: np.random.Generator, problem_id: str, count: int) -> Prob
         if twin is not None:
             break
     sentences = [setting.opening, *(sentence for _, sentence, _ in changes)]
-    told = [sentence.format(n=number) for sentence, number in zip(sentences, numbers, strict=True)]
-    question = " ".join([*told, setting.ask])
+    question, twin_question = (
+        " ".join([*(sentence.format(n=number) for sentence, number in zip(sentences, told, strict=True)), setting.ask])
+        for told in (numbers, twin)
+    )
     endings = [ending for _, _, ending in changes]
     steps, twin_steps = _worked(operators, numbers, endings), _worked(operators, twin, endings)
     gold, twin_answer = str(_totals(operators, numbers)[-1]), str(_totals(operators, twin)[-1])
@@ -206,6 +212,7 @@ def _word_problem(rng: np.random.Generator, problem_id: str, count: int) -> Prob
         cue="\nSo the answer is",
         twin_steps=twin_steps,
         twin_answer=twin_answer,
+        twin_question=twin_question,
         true_step=count - 1,
         conflicts=(Conflict("record_absent", question, twin_steps, gold, twin_answer),),
     )

@@ -20,11 +20,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.random import Generator
 
 from . import metrics
 from .errors import CotfaithError
-from .outcomes import Table, grouped, outcomes, recovered, rows_of
+from .outcomes import Table, grouped, mediated, outcomes, recovered, rows_of
 from .stats import (
     Estimate,
     adjusted,
@@ -64,7 +65,7 @@ def estimates_of(
     for author in authors:
         own = records[records["author"] == author]
         suffix = f"/{author}" if len(authors) > 1 else ""
-        outcome, ratio = outcomes(own, by_id), recovered(own, by_id)
+        outcome, ratio = outcomes(own, by_id), pd.concat([recovered(own, by_id), mediated(own)])
         for stratum, problems in _strata(own, readers).items():
             estimates += _of_means(outcome, readers, problems, stratum, suffix, rng)
             estimates += _of_ratios(ratio, readers, problems, stratum, suffix, rng)
@@ -111,7 +112,11 @@ def _range(name: str) -> tuple[float, float]:
     """Least and largest value a named number can take: nats have no bound, losses of probability may be negative."""
     if name.startswith("infogain/") or name.endswith("/delta_logp"):
         return -np.inf, np.inf
-    return (-1.0, 1.0) if name.endswith("/delta_p") or name == "dependence" else (0.0, 1.0)
+    effect = name.startswith("mediation/") and "/y_" not in name
+    signed = effect or name == "dependence" or name.endswith(("/delta_p", "_pearson"))
+    if name.endswith("/interaction"):
+        return -2.0, 2.0
+    return (-1.0, 1.0) if signed else (0.0, 1.0)
 
 
 def _clipped(estimate: Estimate, low: float, high: float) -> Estimate:

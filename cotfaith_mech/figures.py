@@ -90,6 +90,10 @@ def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) ->
         cells = views.patches(records)
         cells = cells[(cells["chain_id"] == chain["chain_id"]) & (cells["variant"] == cells["variant"].min())]
         yield f"patching_chain_{chain['problem_id']}", chain_figure(cells, chain, readers)
+    matrices = {chain["chain_id"]: views.knockout_matrix(records, chain) for chain in chains}
+    whole = [chain for chain in chains if (matrices[chain["chain_id"]]["row"] < len(chain["steps"])).any()]
+    for chain in whole[:MAX_CHAIN_MAPS]:
+        yield f"knockout_matrix_{chain['problem_id']}", matrix_figure(matrices[chain["chain_id"]], chain, readers)
     if (run.path / "estimates.parquet").is_file():
         found = views.primary_differences(run.read_estimates(), config, readers)
         if differences := [estimate for estimate in found if np.isfinite(estimate.value)]:
@@ -267,6 +271,26 @@ def chain_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Fig
     _scale(figure, axes, limit, f"Δ logit difference\n({variant}, logits)")
     figure.suptitle(
         f"Problem {drawable(chain['problem_id'])}: the chain's steps (● the step the answer rests on)", fontsize=8.5
+    )
+    return figure
+
+
+def matrix_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Figure:
+    """Step x step: probability the answer loses when one part of a chain cannot attend to a step, a panel a reader."""
+    readers, n = views.present(readers, cells), len(chain["steps"])
+    figure = Figure(figsize=(PAPER_WIDTH, 1.3 + min(0.3 * n, PAPER_WIDTH / len(readers))))
+    axes = figure.subplots(1, len(readers), squeeze=False, sharey=True)[0]
+    limit = _limit(cells["value"].to_numpy(float))
+    for axis, reader in zip(axes, readers, strict=True):
+        wide = cells[cells["reader"] == reader].pivot_table(index="row", columns="step", values="value")
+        _map(axis, wide.reindex(index=range(1, n + 1), columns=range(n)).to_numpy(float), limit)
+        axis.set(title=f"reader {drawable(reader)}", xlabel="step that cannot be seen")
+        _ticks(axis, "x", [f"{'●' if step == chain.get('true_step') else ''}{step}" for step in range(n)], most=10)
+        _ticks(axis, "y", [*(f"step {step}" for step in range(1, n)), "answer"], most=10 if n < 10 else 6)
+    axes[0].set_ylabel("what cannot see it")
+    _scale(figure, axes, limit, "probability lost\n(masked)")
+    figure.suptitle(
+        f"Problem {drawable(chain['problem_id'])}: attention between steps (● the answer's step)", fontsize=8.5
     )
     return figure
 

@@ -90,6 +90,19 @@ def entropy_drop(entropy: Float[np.ndarray, " kept"]) -> Float[np.ndarray, " ste
     return -np.diff(entropy)
 
 
+def pearson(a: Float[np.ndarray, " _"], b: Float[np.ndarray, " _"]) -> float:
+    """Signed correlation; NaN where either does not vary."""
+    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else np.nan
+
+
+def top_overlap(a: Float[np.ndarray, " _"], b: Float[np.ndarray, " _"], k: int) -> float:
+    """Share of the `k` largest of `a`, by size, that are among the `k` largest of `b`; NaN for fewer values."""
+    if len(a) < k:
+        return np.nan
+    largest = [set(np.argsort(-np.abs(values), kind="stable")[:k].tolist()) for values in (a, b)]
+    return len(largest[0] & largest[1]) / k
+
+
 def cell(corrupting_often: bool, paraphrase_often: bool) -> Verdict:
     """Cell of the two-by-two table: does the answer change often under corrupting edits, under paraphrase?"""
     if corrupting_often:

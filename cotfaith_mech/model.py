@@ -202,6 +202,14 @@ class CachedRun(Protocol):
         """The base run of other tokens; what they share with this one need not be computed again."""
         ...
 
+    def spliced(self, donor: CachedRun, first: int, end: int) -> CachedRun:
+        """This run with the tokens, keys and values of `donor`, frozen, at positions `first` to `end` - 1; what comes
+        after them is computed anew. `donor` may be a run of another model of the same shape.
+
+        Raises CotfaithError where the two runs do not fit together, or where runs keep no keys and values.
+        """
+        ...
+
     def edited(
         self, cells: Sequence[Sequence[ActivationEdit]], *, n_logits: int, reduce: Reduce
     ) -> Float[Tensor, "cell metric"]:
@@ -240,6 +248,10 @@ class PlainRun:
 
     def sibling(self, tokens: Sequence[int]) -> CachedRun:
         return PlainRun(self.model, tokens)
+
+    def spliced(self, donor: CachedRun, first: int, end: int) -> CachedRun:
+        backend = self.model.info.backend
+        raise CotfaithError(f"{backend} keeps no keys and values to splice; use the huggingface backend.")
 
     def edited(
         self, cells: Sequence[Sequence[ActivationEdit]], *, n_logits: int, reduce: Reduce

@@ -39,6 +39,8 @@ def outcomes(records: Table, chains: Chains) -> Table:
         *_from_conflicts(records),
         *_from_knockouts(records, chains),
         *_from_attribution(records, chains),
+        *_from_validation(records),
+        *_from_mediation(records),
         *_from_says_source(records, chains),
     ]
     found = [part for part in parts if len(part)] or [pd.DataFrame(columns=[*UNIT, "value", "name"])]
@@ -245,18 +247,46 @@ def grouped(rows: Table, *columns: str) -> Iterable[tuple[Any, Table]]:
 
 
 def _from_knockouts(records: Table, chains: Chains) -> list[Table]:
-    """Cue rows cut from the true step, from each other step (mean), from random prompt positions (the control)."""
+    """What is lost when edges to the true step, to each other step (mean), to a whole part or to random prompt
+    positions (the control) are cut.
+
+    `masked` edges from the answer's rows have the plain name; single heads, layers and pairs of steps have none, they
+    are maps.
+    """
     with_true_step = [chain for chain, row in chains.items() if row.get("true_step") is not None]
+    rows = records[(records["measure"] == "knockout") & records["metric"].isin(["delta_p", "delta_logp"])]
+    rows = rows[rows["layer"].isna() & ~rows["variant"].str.contains("_from_step_")]
     parts = []
-    for metric in ("delta_p", "delta_logp"):
-        masked = rows_of(records, "knockout", metric, "masked")
-        random = rows_of(records, "knockout", metric, "masked_random")
-        known = masked[masked["chain_id"].isin(with_true_step)]
-        parts += [
-            _named(masked[_at_true_step(masked, chains)], f"knockout/true_step/{metric}"),
-            _named(known[~_at_true_step(known, chains)], f"knockout/other_steps/{metric}"),
-            _named(random, f"knockout/random/{metric}"),
-        ]
+    for (variant, metric), own in grouped(rows, "variant", "metric"):
+        name = "knockout/random" if variant == "masked_random" else f"knockout/{variant}".removesuffix("/masked")
+        known = own[own["chain_id"].isin(with_true_step) & own["step"].notna()]
+        if own["step"].isna().all() or variant.endswith("_random"):
+            parts.append(_named(own, f"{name}/{metric}"))
+        else:
+            at_true = _at_true_step(known, chains)
+            parts.append(_named(known[at_true], f"{name}/true_step/{metric}"))
+            parts.append(_named(known[~at_true], f"{name}/other_steps/{metric}"))
+    return parts
+
+
+def _from_validation(records: Table) -> list[Table]:
+    """How well direct contributions and attention weights foretell what zeroing the same head and step takes from the
+    logit difference: signed Pearson correlation over all heads and steps of a chain, and overlap of the ten largest."""
+    where = ["step", "layer", "head"]
+    cut = rows_of(records, "knockout", "delta_logit_diff", "zeroed_head")
+    parts = []
+    for variant, metric in (("direct", "contribution"), ("weight", "weight")):
+        rows = rows_of(records, "attribution", metric, variant)
+        both = rows[[*UNIT, *where, "value"]].merge(cut[[*UNIT, *where, "value"]], on=[*UNIT, *where])
+        for unit, own in both.groupby(UNIT):
+            foretold, lost = own["value_x"].to_numpy(float), own["value_y"].to_numpy(float)
+            scores = {
+                "pearson": metrics.pearson(foretold, lost),
+                "top10_overlap": metrics.top_overlap(foretold, lost, 10),
+            }
+            for score, value in scores.items():
+                name = f"attribution/{variant}/zeroed_{score}"
+                parts.append(pd.DataFrame([[*unit, value, name]], columns=[*UNIT, "value", "name"]))
     return parts
 
 
@@ -297,7 +327,36 @@ def _from_says_source(records: Table, chains: Chains) -> list[Table]:
     ]
 
 
+def _from_mediation(records: Table) -> list[Table]:
+    rows = records[records["measure"] == "mediation"]
+    return [
+        _named(group, f"mediation/{variant}/{metric}")
+        for (variant, metric), group in grouped(rows, "variant", "metric")
+    ]
+
+
 # 2. ratios of sums: columns UNIT, name, note, numerator, denominator
+
+
+def mediated(records: Table) -> Table:
+    """The part of the question's total effect that runs through the chain, at q (PNIE) and at q' (TNIE).
+
+    Columns reader, author, problem_id, chain_id, name, note, numerator, denominator.
+    """
+    rows = records[(records["measure"] == "mediation") & records["metric"].isin(["pnie", "tnie", "te"])]
+    wide = rows.pivot_table(index=[*UNIT, "variant"], columns="metric", values="value").reset_index()
+    parts = [
+        wide.assign(
+            name="mediation/" + wide["variant"] + f"/{share}_share",
+            note="",
+            numerator=wide[share],
+            denominator=wide["te"],
+        )
+        for share in ("pnie", "tnie")
+        if share in wide
+    ]
+    columns = [*UNIT, "name", "note", "numerator", "denominator"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def recovered(records: Table, chains: Chains) -> Table:

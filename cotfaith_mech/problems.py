@@ -36,7 +36,8 @@ class Problem:
     """One question with its gold answer.
 
     `steps` is a worked chain where the source gives one, and `author` who wrote it. `twin_steps` is its aligned
-    counterfactual: same sentences, other numbers, same token length, implying `twin_answer`. `true_step` is the index
+    counterfactual: same sentences, other numbers, same token length, implying `twin_answer`; `twin_question` asks the
+    same of those numbers, at the same token length. `true_step` is the index
     of the step the answer rests on, where the construction fixes it. `paraphrases` are supplied ones: one tuple a draw,
     one text a step, None where there is none.
     """
@@ -52,6 +53,7 @@ class Problem:
     cue: str = "So the answer is"
     twin_steps: tuple[str, ...] = ()
     twin_answer: str | None = None
+    twin_question: str | None = None
     true_step: int | None = None
     conflicts: tuple[Conflict, ...] = ()
     paraphrases: tuple[tuple[str | None, ...], ...] = ()
@@ -87,6 +89,7 @@ class Problem:
             steps=(),
             twin_steps=(),
             twin_answer=None,
+            twin_question=None,
             true_step=None,
             conflicts=(),
             paraphrases=(),

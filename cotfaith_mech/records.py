@@ -59,6 +59,7 @@ MEASURES = (
     "options",
     "decision_trace",
     "patching",
+    "mediation",
     "knockout",
     "attribution",
     "control",

@@ -30,6 +30,7 @@ from .errors import CotfaithError, EndpointError
 from .figures import draw_figures
 from .knockout import ALL_EDGES, KnockoutPlan, measure_knockout
 from .measured import Measured
+from .mediation import measure_mediation
 from .paraphrasers import Paraphrases, by_model, by_rules, supplied, tally
 from .patching import PatchPlan, measure_patching
 from .problems import Problem
@@ -40,7 +41,7 @@ from .variants import BehaviourPlan
 if TYPE_CHECKING:
     from .crosscheck import Sample
     from .model import TextReader
-    from .reading import ChainReader
+    from .reading import ChainReader, Trunk
 
 ALL = "(all)"
 """In place of a problem's id in an exclusion that holds for all of them."""
@@ -409,9 +410,7 @@ def _measure(
     config: StudyConfig, reader: ReaderConfig, trunk: ChainReader, unit: _Unit, donors: Sequence[Chain]
 ) -> tuple[Measured, list[str]]:
     """All records of a unit, and why a part of them could not be measured."""
-    from .attribution import measure_attribution
     from .reading import Trunk
-    from .trace import measure_trace
 
     plan = BehaviourPlan(
         config.tests if reader.tests is None else reader.tests,
@@ -425,20 +424,7 @@ def _measure(
     measured = measure_behaviour(
         trunk, unit.problem, reader.name, plan, paraphrases=unit.paraphrases, donors=donors, seed=seed
     )
-    patch_plan = PatchPlan(config.patch_layers, config.patch_directions)
-    parts: dict[str, Callable[[], Measured]] = {}
-    if isinstance(trunk, Trunk):
-        cuts = KnockoutPlan(ALL_EDGES, ("masked", "zeroed")) if config.battery == "full" else KnockoutPlan()
-        parts["knockout"] = lambda: measure_knockout(trunk, reader.name, cuts, seed=seed)
-        if config.battery == "full" and reader.mechanism and unit.problem.twin_answer:
-            heads, foil = KnockoutPlan(("heads",), ("zeroed",)), f" {unit.problem.twin_answer}"
-            parts["knockout of heads"] = lambda: measure_knockout(trunk, reader.name, heads, foil=foil, seed=seed)
-        if config.battery == "full":
-            parts["decision trace"] = lambda: measure_trace(trunk, reader.name)
-        if reader.mechanism:
-            parts["patching"] = lambda: measure_patching(trunk, unit.problem, reader.name, patch_plan, seed=seed)
-        if reader.mechanism and config.attribution:
-            parts["attribution"] = lambda: measure_attribution(trunk, unit.problem, reader.name)
+    parts = _mechanism(config, reader, trunk, unit.problem, seed) if isinstance(trunk, Trunk) else {}
     failed = []
     for name, measure in parts.items():
         try:
@@ -451,6 +437,34 @@ def _measure(
     bad = [record for record in measured.records if not np.isfinite(record.value)]
     measured.exclusions += [f"{_where(record)}: value is {record.value}" for record in bad]
     return measured, failed
+
+
+def _mechanism(
+    config: StudyConfig, reader: ReaderConfig, trunk: Trunk, problem: Problem, seed: int
+) -> dict[str, Callable[[], Measured]]:
+    """What is measured inside the reader, by name: the knockout always, with the full battery the decision trace, the
+    rest where the reader's mechanism is asked for."""
+    from .attribution import measure_attribution
+    from .trace import measure_trace
+
+    full, name = config.battery == "full", reader.name
+    plan = KnockoutPlan(ALL_EDGES, ("masked", "zeroed")) if full and reader.mechanism else KnockoutPlan()
+    parts: dict[str, Callable[[], Measured]] = {
+        "knockout": lambda: measure_knockout(trunk, name, plan, seed=seed),
+    }
+    if full:
+        parts["decision trace"] = lambda: measure_trace(trunk, name)
+    if reader.mechanism:
+        patches = PatchPlan(config.patch_layers, config.patch_directions)
+        parts["patching"] = lambda: measure_patching(trunk, problem, name, patches, seed=seed)
+    if reader.mechanism and config.attribution:
+        parts["attribution"] = lambda: measure_attribution(trunk, problem, name)
+    if reader.mechanism and full:
+        parts["mediation"] = lambda: measure_mediation(trunk, problem, name)
+        if problem.twin_answer:
+            heads, foil = KnockoutPlan(("heads",), ("zeroed",)), f" {problem.twin_answer}"
+            parts["knockout of heads"] = lambda: measure_knockout(trunk, name, heads, foil=foil, seed=seed)
+    return parts
 
 
 def _where(record: Record) -> str:

@@ -191,6 +191,18 @@ def knockout(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
     return both.groupby(["reader", "role", "problem_id"], as_index=False)["value"].mean()
 
 
+def knockout_matrix(records: Table, chain: dict[str, Any]) -> Table:
+    """Probability lost by the answer when part i of a chain cannot see step j: `reader row step value`.
+
+    Row i is step i, row n the cue and the answer.
+    """
+    own = records[(records["chain_id"] == chain["chain_id"]) & (records["measure"] == "knockout")]
+    own = own[(own["metric"] == "delta_p") & own["step"].notna()]
+    row = own["variant"].str.extract(r"^masked_from_step_(\d+)$")[0].astype(float)
+    table = own.assign(row=row.where(own["variant"] != "masked", len(chain["steps"]))).dropna(subset=["row"])
+    return table[["reader", "row", "step", "value"]].astype({"row": int, "step": int})
+
+
 def attribution(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
     """Mean direct logit contribution of each head from the true step: `reader layer head value n`."""
     found = select(records, "attribution", "contribution", "direct").dropna(subset=["step", "layer", "head"])

@@ -19,7 +19,7 @@ ORDER = [
     "paraphrasers backends measured sampling reading",
     "variants endpoint",
     "behaviour contrast trace",
-    "patching knockout",
+    "patching knockout mediation",
     "config attribution crosscheck outcomes bench doctor",
     "compare bridge",
     "views figures",

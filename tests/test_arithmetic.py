@@ -102,6 +102,20 @@ def test_true_step_has_no_fixed_place_and_does_not_follow_the_question_order():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_twin_question_asks_the_same_of_the_twins_numbers(family):
+    """Its chain is the twin's: every number the twin chain starts from stands in it, and none of the question's own."""
+    for problem in FAMILIES[family](40, 12):
+        assert re.sub(r"\d", "#", problem.twin_question) == re.sub(r"\d", "#", problem.question)
+        first = [int(EQUATION.search(step)[1]) for step in problem.twin_steps]
+        told = numbers(problem.twin_question)
+        assert first[0] in told
+        if family == "people":
+            assert set(first) <= set(told)
+            asked, holdings, record = solved(problem.twin_question)
+            assert str(holdings[asked]) == record == problem.twin_answer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_whitespace_belongs_to_the_following_piece(family):
     for problem in FAMILIES[family](20, 10):
         assert not problem.steps[0][0].isspace()

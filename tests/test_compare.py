@@ -380,6 +380,38 @@ def test_each_author_of_the_chains_gets_a_sentence():
     assert conclusions(one, ["A"]) == []
 
 
+def test_knockouts_and_the_validation_of_attributions_by_hand():
+    """True step 1 of 4. Cut heads: contributions foretell the losses exactly, weights with the sign turned."""
+    cells = [(step, layer) for step in range(4) for layer in range(3)]
+    records = table(
+        *(rows("knockout", "masked", step=step, delta_p=(0.1, 0.5, 0.2, 0.3)[step]) for step in range(4)),
+        *(rows("knockout", "zeroed_joint", step=step, delta_p=step / 10) for step in range(3)),
+        rows("knockout", "masked_chain", delta_p=0.75),
+        *(rows("knockout", "masked_random", step=step, seed=0, delta_p=0.01) for step in range(4)),
+        *(rows("knockout", "masked_from_step_2", step=step, delta_p=9) for step in range(2)),
+        *(
+            rows("knockout", "zeroed_head", step=s, layer=n, head=0, delta_logit_diff=s - n, delta_p=9)
+            for s, n in cells
+        ),
+        *(rows("attribution", "direct", step=s, layer=n, head=0, contribution=2 * (s - n)) for s, n in cells),
+        *(rows("attribution", "weight", step=s, layer=n, head=0, weight=n - s) for s, n in cells),
+    )
+    found = {name: estimate.value for (name, _), estimate in estimates(records).items() if name.startswith(("k", "a"))}
+    expected = {
+        "knockout/true_step/delta_p": 0.5,
+        "knockout/other_steps/delta_p": 0.2,
+        "knockout/zeroed_joint/true_step/delta_p": 0.1,
+        "knockout/zeroed_joint/other_steps/delta_p": 0.1,
+        "knockout/masked_chain/delta_p": 0.75,
+        "knockout/random/delta_p": 0.01,
+        "attribution/direct/zeroed_pearson": 1,
+        "attribution/weight/zeroed_pearson": -1,
+        "attribution/direct/zeroed_top10_overlap": 1,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert not [name for name in found if "from_step" in name or "head" in name]
+
+
 def test_a_conclusion_names_the_conflict_it_rests_on():
     carried = [
         replace(e, name=e.name.replace("record_agree", "carried"))

@@ -82,6 +82,21 @@ def test_step_effects_against_loops_over_the_table(run: RunDirectory) -> None:
     assert effects["patch", "B", "p02", 1] == pytest.approx(patch[0] + 3)
 
 
+def test_the_knockout_matrix_has_a_row_for_each_step_and_one_for_the_answer() -> None:
+    key = {"reader": "A", "problem_id": "p", "chain_id": "p", "measure": "knockout", "metric": "delta_p"}
+    rows = [{**key, "variant": "masked", "step": j, "value": j / 10} for j in range(3)]
+    rows += [
+        {**key, "variant": f"masked_from_step_{i}", "step": j, "value": i + j / 10} for i in range(3) for j in range(i)
+    ]
+    rows += [
+        {**key, "variant": v, "step": 0, "value": 7.0} for v in ("masked_later", "masked_random", "zeroed_from_step_1")
+    ]
+    found = views.knockout_matrix(table(*rows), {**chain("p", 3, 1), "chain_id": "p"})
+    assert {(r.row, r.step): r.value for r in found.itertuples()} == pytest.approx(
+        {(1, 0): 1.0, (2, 0): 2.0, (2, 1): 2.1, (3, 0): 0.0, (3, 1): 0.1, (3, 2): 0.2}
+    )
+
+
 def test_a_conflict_counts_each_step_once_however_many_draws_it_has() -> None:
     where = {"reader": "A", "problem_id": "p", "chain_id": "c", "measure": "conflict", "variant": "carried"}
     rows = [{**where, "metric": m, "step": s, "seed": d, "value": v}

@@ -21,6 +21,7 @@ from cotfaith_mech.contrast import AnswerContrast
 from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.knockout import ALL_EDGES, KnockoutPlan, cut_edits, measure_knockout
+from cotfaith_mech.mediation import effects, measure_mediation
 from cotfaith_mech.model import DirectPath, PlainRun, load, same_weights
 from cotfaith_mech.patching import PatchPlan, measure_patching
 from cotfaith_mech.problems import AnswerKind, Problem
@@ -495,3 +496,98 @@ def test_a_real_model_answers_yes_no_or_maybe() -> None:
         assert f" {answered.said}" == t.chain.answer
         assert answered.readings[0].label_mass > 0.5
         assert sum(reading.p for reading in answered.readings) == pytest.approx(1, abs=1e-5)
+
+
+def aligned_worlds(t: Trunk) -> dict[str, Chain]:
+    p = problem()
+    assert p.twin_question is not None
+    prompt = t.model.render(p.twin_question)
+    return {
+        "qc": t.chain,
+        "qc'": replace(t.chain, steps=p.twin_steps),
+        "q'c": replace(t.chain, prompt=prompt),
+        "q'c'": replace(t.chain, prompt=prompt, steps=p.twin_steps),
+    }
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen2", "gemma2"])
+def test_mediation_against_plain_passes(architecture: str) -> None:
+    """Text: four whole passes. K/V: TransformerLens writes the twin run's k and v of the chain into the other world."""
+    t, twin_answer = replace(trunk(architecture), kind="text"), f" {problem().twin_answer}"
+    records = measure_mediation(t, problem(), "A").records
+    got = {(r.variant, r.metric): r.value for r in records}
+    worlds = {name: chain.with_answer(twin_answer) for name, chain in aligned_worlds(t).items()}
+    encoded = {name: t.model.encode(chain.text) for name, chain in worlds.items()}
+    spans = token_spans(worlds["qc"], encoded["qc"])
+    n, ids = spans.answer[1] - spans.answer[0], torch.tensor(encoded["qc"].ids[spans.answer[0] :])
+
+    def p_twin(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -n - 1 : -1].log_softmax(-1).gather(2, ids[None, :, None]).sum((1, 2)).exp()[:, None]
+
+    for name, encoding in encoded.items():
+        logits = t.model.run(torch.tensor([encoding.ids]), n_logits=n + 1).logits
+        assert got["text", f"y_{name}"] == pytest.approx(float(p_twin(logits)), rel=1e-3, abs=0)
+    other = same_weights(t.model, "transformer_lens")
+    chain, layers = range(spans.prompt[1], spans.cue[0]), range(t.model.info.n_layers)
+    sites = [Site(kind, layer) for layer in layers for kind in ("k", "v")]
+    for name, source in (("qc'", "q'c'"), ("q'c", "qc")):
+        states = PlainRun(other, encoded[source].ids).read(sites)
+        edits = [ActivationEdit(site, tuple(chain), "replace", states[site][list(chain)]) for site in sites]
+        read = PlainRun(other, encoded[name].ids).edited([edits], n_logits=n + 1, reduce=p_twin)
+        assert got["kv", f"y_{name}"] == pytest.approx(float(read), rel=1e-3, abs=0)
+        assert abs(np.log(got["kv", f"y_{name}"] / got["text", f"y_{name}"])) > 1e-2
+    for mediator in ("text", "kv"):
+        pnie, tnie, pnde, tnde, te, both = (
+            got[mediator, m] for m in ("pnie", "tnie", "pnde", "tnde", "te", "interaction")
+        )
+        assert te == pytest.approx(pnie + tnde) == pytest.approx(tnie + pnde)
+        assert both == pytest.approx(tnie - pnie)
+        assert pnie == pytest.approx(got[mediator, "y_qc'"] - got[mediator, "y_qc"])
+
+
+def test_effects_of_a_mixture_by_hand() -> None:
+    """A reader that follows the chain in .7 of cases and the question in .3: Y = .7 [c = c'] + .3 [q = q']."""
+    found = effects({"qc": 0.0, "qc'": 0.7, "q'c": 0.3, "q'c'": 1.0})
+    assert found == pytest.approx({"pnie": 0.7, "tnie": 0.7, "pnde": 0.3, "tnde": 0.3, "te": 1, "interaction": 0})
+    # an AND gate: the twin's answer needs both, so nothing runs through either alone at q
+    found = effects({"qc": 0.0, "qc'": 0.0, "q'c": 0.0, "q'c'": 1.0})
+    assert found == pytest.approx({"pnie": 0, "tnie": 1, "pnde": 0, "tnde": 1, "te": 1, "interaction": 1})
+
+
+def test_a_run_spliced_with_itself_is_itself_and_another_models_keys_are_read_as_its_own() -> None:
+    t = trunk("llama-gqa")
+    n, cue = len(t.run.tokens), t.spans.cue[0]
+    again = t.run.spliced(t.run, 5, cue)
+    assert again.tokens == t.run.tokens
+    torch.testing.assert_close(again.logits(4), t.run.logits(4), atol=1e-5, rtol=0)
+    other = HuggingFaceModel(tiny("llama-gqa", seed=1))
+    donor = other.cached_run(t.run.tokens)
+    got = t.run.spliced(donor, 0, cue).logits(4)
+    sites = [Site(kind, layer) for layer in range(t.model.info.n_layers) for kind in ("k", "v")]
+    states = PlainRun(other, t.run.tokens).read(sites)
+    edits = [ActivationEdit(site, tuple(range(cue)), "replace", states[site][:cue]) for site in sites]
+    expected = PlainRun(t.model, t.run.tokens).edited([edits], n_logits=4, reduce=lambda logits: logits.flatten(1))
+    torch.testing.assert_close(got.flatten(), expected[0], atol=1e-4, rtol=0)
+    assert (got - t.run.logits(4)).abs().max() > 0.1
+    assert (got - donor.logits(4)).abs().max() > 0.1
+    with pytest.raises(CotfaithError, match=f"a run of as many on the same backend; found CornerRun of {n - 1}"):
+        t.run.spliced(t.model.cached_run(t.run.tokens[:-1]), 0, cue)
+    with pytest.raises(CotfaithError, match="differ in layers or widths"):
+        t.run.spliced(HuggingFaceModel(tiny("llama-mqa")).cached_run(t.run.tokens), 0, cue)
+    with pytest.raises(CotfaithError, match="use the huggingface backend"):
+        PlainRun(t.model, t.run.tokens).spliced(t.run, 0, cue)
+
+
+def test_mediation_without_twins_or_alignment_is_left_out() -> None:
+    t = trunk()
+    for p, told in (
+        (replace(problem(), twin_question=None), "no aligned twins"),
+        (replace(problem(), twin_question="Ann has 3."), "do not align"),
+    ):
+        measured = measure_mediation(t, p, "A")
+        assert not measured.records
+        assert told in measured.exclusions[0]
+    plain = replace(t, run=PlainRun(t.model, t.run.tokens))
+    measured = measure_mediation(plain, problem(), "A")
+    assert {r.variant for r in measured.records} == {"text"}
+    assert "keys and values" in measured.exclusions[0]

@@ -92,3 +92,13 @@ def test_interval_of_draws_is_that_of_scipy():
     assert metrics.draws_interval(np.array([0.5])) == (0, 1)
     assert metrics.draws_interval(np.array([0.5, 0.9]), np.array([0.5])) == (-1, 1)
     assert metrics.draws_interval(np.array([0.0, 1])) == (0, 1)
+
+
+def test_pearson_and_top_overlap_by_hand():
+    """Signs count for the first, sizes for the second; what does not vary has no correlation."""
+    a, b = np.array([1.0, 2.0, 3.0, -9.0]), np.array([-2.0, -4.0, -6.0, 18.0])
+    assert metrics.pearson(a, b) == pytest.approx(-1)
+    assert np.isnan(metrics.pearson(a, np.ones(4)))
+    assert metrics.top_overlap(a, np.array([0.0, 5.0, -1.0, 7.0]), 2) == 0.5
+    assert metrics.top_overlap(a, b, 2) == 1
+    assert np.isnan(metrics.top_overlap(a, b, 5))

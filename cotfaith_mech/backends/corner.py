@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import CotfaithError
-from ..model import Branch, Ids, ModelInfo, Reduce, Then
+from ..model import Branch, CachedRun, Ids, ModelInfo, Reduce, Then
 from ..sites import ActivationEdit, Site
 from .forest import Batch, packed
 from .hooks import RowEdit, hooked
@@ -148,6 +149,29 @@ class CornerRun:
     def sibling(self, tokens: Sequence[int]) -> CornerRun:
         """The base run of other tokens, of which only those after the common prefix are computed."""
         return CornerRun(self.model, tokens, self)
+
+    def spliced(self, donor: CachedRun, first: int, end: int) -> CornerRun:
+        """See `CachedRun.spliced`: the donor's residual stream is kept beside its keys and values."""
+        if not isinstance(donor, CornerRun) or len(donor.tokens) != len(self.tokens) or not 0 <= first < end:
+            raise CotfaithError(
+                f"A run of {len(self.tokens)} tokens takes positions {first} to {end} of a run of as many on the same "
+                f"backend; found {type(donor).__name__} of {len(donor.tokens)}."
+            )
+        shapes = [[(k.shape[1], k.shape[3]) for k, _ in run._keys_values] for run in (self, donor)]
+        if shapes[0] != shapes[1] or self.model.info.d_model != donor.model.info.d_model:
+            raise CotfaithError("The two models differ in layers or widths, so that one cannot read the other's K/V.")
+        run = copy(self)
+        run.tokens = (*self.tokens[:first], *donor.tokens[first:end], *self.tokens[end:])
+        run._row = torch.tensor([run.tokens], device=self._row.device)
+        run._keys_values = [
+            tuple(torch.cat([a[:, :, :first], b[:, :, first:end].to(a)], 2) for a, b in zip(own, other, strict=True))
+            for own, other in zip(self._keys_values, donor._keys_values, strict=True)
+        ]
+        residual = donor._residual[:, first:end].to(self._residual)
+        run._residual = torch.cat([self._residual[:, :first], residual], 1)
+        if end < len(run.tokens):
+            run._run_from(end)
+        return run
 
     @torch.no_grad()
     def logits(self, n_logits: int) -> Float[Tensor, "read vocab"]:
