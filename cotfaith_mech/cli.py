@@ -210,8 +210,8 @@ def compare(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Rebuild estimates, figures and report.html from the records. Example: cotfaith report runs/demo"""
+    from .conclude import conclude
     from .records import RunDirectory
-    from .study import conclude
 
     with _bars(quiet=False) as progress:
         path = conclude(RunDirectory(run), progress)

@@ -83,6 +83,7 @@ class StudyConfig(_Strict):
     patch_layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     patch_directions: tuple[Direction, ...] = ("noise", "denoise")
     attribution: bool = True
+    cross_model: bool = False
     crosscheck_cells: int = Field(4, ge=0)
     primary: tuple[str, ...] = PRIMARY
     seed: int = 0

@@ -104,6 +104,8 @@ def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) ->
         yield "bridge", bridge_figure(points, apart, readers)
     if len(losses := views.knockout(records, chains)):
         yield "knockout", knockout_figure(losses, readers)
+    if len(layers := views.cross_model(records)):
+        yield "cross_model", cross_model_figure(layers, readers)
     if len(heads := views.attribution(records, chains)):
         yield "attribution", attribution_figure(heads, readers)
 
@@ -279,19 +281,48 @@ def matrix_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Fi
     """Step x step: probability the answer loses when one part of a chain cannot attend to a step, a panel a reader."""
     readers, n = views.present(readers, cells), len(chain["steps"])
     figure = Figure(figsize=(PAPER_WIDTH, 1.3 + min(0.3 * n, PAPER_WIDTH / len(readers))))
-    axes = figure.subplots(1, len(readers), squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, len(readers), squeeze=False)[0]
     limit = _limit(cells["value"].to_numpy(float))
     for axis, reader in zip(axes, readers, strict=True):
         wide = cells[cells["reader"] == reader].pivot_table(index="row", columns="step", values="value")
         _map(axis, wide.reindex(index=range(1, n + 1), columns=range(n)).to_numpy(float), limit)
         axis.set(title=f"reader {drawable(reader)}", xlabel="step that cannot be seen")
         _ticks(axis, "x", [f"{'●' if step == chain.get('true_step') else ''}{step}" for step in range(n)], most=10)
-        _ticks(axis, "y", [*(f"step {step}" for step in range(1, n)), "answer"], most=10 if n < 10 else 6)
+        axis.set_yticks([])
+    _ticks(axes[0], "y", [*(f"step {step}" for step in range(1, n)), "answer"], most=40)
     axes[0].set_ylabel("what cannot see it")
     _scale(figure, axes, limit, "probability lost\n(masked)")
     figure.suptitle(
         f"Problem {drawable(chain['problem_id'])}: attention between steps (● the answer's step)", fontsize=8.5
     )
+    return figure
+
+
+def cross_model_figure(cells: Table, readers: list[str]) -> Figure:
+    """P(chain's answer) under conflict with one layer of the other model, at the chain's rows or the cue's: a row of
+    panels a tuned reader, a panel a direction; dashes are the two models as they are."""
+    tuned = views.present(readers, cells)
+    names = {"base": readers[0], "tuned": ""}
+    figure = Figure(figsize=(PAPER_WIDTH, 0.7 + 1.9 * len(tuned)))
+    axes = figure.subplots(len(tuned), 2, squeeze=False, sharey=True)
+    for row, reader in zip(axes, tuned, strict=True):
+        names["tuned"] = reader
+        of_reader = cells[cells["reader"] == reader]
+        for axis, (into, donor) in zip(row, (("tuned", "base"), ("base", "tuned")), strict=True):
+            for part, colour in (("chain_rows", "#0072B2"), ("cue_rows", "#D55E00")):
+                one = of_reader[(of_reader["into"] == into) & (of_reader["rows"] == part)].sort_values("layer")
+                x, value, low, high = (one[name].to_numpy(float) for name in ("layer", "value", "low", "high"))
+                axis.plot(x, value, color=colour, label=part.replace("_", " "))
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            for model in (into, donor):
+                own = of_reader[(of_reader["into"] == model) & (of_reader["rows"] == "own")]["value"].to_numpy(float)
+                axis.axhline(own[0], color="#555555", linestyle="--", linewidth=0.8)
+                axis.annotate(drawable(names[model]), (1.01, own[0]), xycoords=("axes fraction", "data"), fontsize=7)
+            title = f"one layer of {drawable(names[donor])} in {drawable(names[into])}"
+            axis.set(title=title, xlabel="layer exchanged", ylim=(-0.02, 1.02))
+        row[0].set_ylabel("P(chain's answer)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -41,6 +41,7 @@ def outcomes(records: Table, chains: Chains) -> Table:
         *_from_attribution(records, chains),
         *_from_validation(records),
         *_from_mediation(records),
+        *_from_cross_model(records),
         *_from_says_source(records, chains),
     ]
     found = [part for part in parts if len(part)] or [pd.DataFrame(columns=[*UNIT, "value", "name"])]
@@ -333,6 +334,23 @@ def _from_mediation(records: Table) -> list[Table]:
         _named(group, f"mediation/{variant}/{metric}")
         for (variant, metric), group in grouped(rows, "variant", "metric")
     ]
+
+
+def _from_cross_model(records: Table) -> list[Table]:
+    """The four cells of write x read, and what they are more than the sum of writing and reading (interaction)."""
+    rows = records[(records["measure"] == "cross_model") & records["layer"].isna()]
+    if rows.empty:
+        return []
+    parts = [
+        _named(own, f"cross_model/{variant}/{metric}") for (variant, metric), own in grouped(rows, "variant", "metric")
+    ]
+    conflict, cell = (rows["variant"].str.rpartition("/")[i] for i in (0, 2))
+    sign = np.where(cell.isin(["write_base_read_base", "write_tuned_read_tuned"]), 1.0, -1.0)
+    signed = rows.assign(conflict=conflict, value=rows["value"] * sign)
+    for (name, metric), own in grouped(signed, "conflict", "metric"):
+        total = own.groupby(UNIT)["value"].sum().reset_index()
+        parts.append(total.assign(name=f"cross_model/{name}/{metric}/interaction"))
+    return parts
 
 
 # 2. ratios of sums: columns UNIT, name, note, numerator, denominator

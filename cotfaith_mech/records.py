@@ -60,6 +60,7 @@ MEASURES = (
     "decision_trace",
     "patching",
     "mediation",
+    "cross_model",
     "knockout",
     "attribution",
     "control",

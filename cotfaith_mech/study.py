@@ -12,7 +12,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +21,18 @@ import numpy as np
 
 from .answers import states_answer
 from .behaviour import measure_behaviour
-from .bridge import bridge
 from .chains import Chain
-from .compare import conclusions, estimates_of, verdicts
-from .config import ReaderConfig, StudyConfig, parse_config
+from .conclude import ALL, Progress, conclude, silent, why_empty
+from .config import ReaderConfig, StudyConfig
 from .datasets_io import read_problems
 from .errors import CotfaithError, EndpointError
-from .figures import draw_figures
 from .knockout import ALL_EDGES, KnockoutPlan, measure_knockout
 from .measured import Measured
 from .mediation import measure_mediation
-from .paraphrasers import Paraphrases, by_model, by_rules, supplied, tally
+from .paraphrasers import Paraphrases, by_model, by_rules, supplied
 from .patching import PatchPlan, measure_patching
 from .problems import Problem
 from .records import Record, RunDirectory, unit_id
-from .report import build_report
 from .variants import BehaviourPlan
 
 if TYPE_CHECKING:
@@ -43,23 +40,13 @@ if TYPE_CHECKING:
     from .model import TextReader
     from .reading import ChainReader, Trunk
 
-ALL = "(all)"
-"""In place of a problem's id in an exclusion that holds for all of them."""
 SWAP_DONORS = 1
 """Other problems whose chains are swapped in, per chain."""
 
 PACKAGES = ("cotfaith-mech", "torch", "transformers", "transformer-lens", "nnsight", "peft", "numpy", "scipy")
 
 
-Progress = Callable[[Sequence[Any], str], Iterable[Any]]
-"""Gives the items on, one at a time, and shows how far it is under a label."""
-
-
-def _silent(items: Sequence[Any], label: str) -> Iterable[Any]:
-    return items
-
-
-def run_study(config: StudyConfig, out: str | Path, progress: Progress = _silent) -> RunDirectory:
+def run_study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> RunDirectory:
     """Run what is missing of `config` in the run directory `out`, then estimate, draw and report."""
     run, problems, manifest = _begin(config, out)
     for reader in config.readers:
@@ -73,12 +60,39 @@ def run_study(config: StudyConfig, out: str | Path, progress: Progress = _silent
         spent = round(time.perf_counter() - started, 1)
         known = run.read_manifest().get("timings", {}).get(reader.name, spent)
         manifest["timings"][reader.name] = spent if len(run.read_unit_meta()) > n_units else known
+    if config.cross_model:
+        _run_pairs(config, problems, run, progress)
     _write_manifest(run, manifest)
     conclude(run, progress)
     return run
 
 
-def generate_chains(config: StudyConfig, out: str | Path, progress: Progress = _silent) -> RunDirectory:
+def _run_pairs(config: StudyConfig, problems: Sequence[Problem], run: RunDirectory, progress: Progress) -> None:
+    """Cross-model patching of every tuned reader with the first; what is on disk is left alone."""
+    from .crossmodel import Pair, measure_cross_model
+
+    by_id, rows = {problem.problem_id: problem for problem in problems}, run.read_chains()
+    base, *others = config.readers
+    for reader in others if base.mechanism else ():
+        names = [unit_id([base.name, reader.name], row["chain_id"], ["cross_model"]) for row in rows]
+        missing = [(name, row) for name, row in zip(names, rows, strict=True) if not run.has_unit(name)]
+        if not reader.mechanism or not missing:
+            continue
+        pair = Pair.of(*(_load(config, one, run, progress) for one in (base, reader)))
+        for name, row in progress(missing, f"{base.name} x {reader.name}"):
+            chain = Chain.from_json(row)
+            try:
+                measured = measure_cross_model(pair, by_id[chain.problem_id], chain, reader.name)
+            except CotfaithError as error:
+                _exclude(run, chain, reader.name, "measure", f"cross-model patching: {error}")
+                continue
+            for reason in measured.exclusions:
+                _exclude(run, chain, reader.name, "edit", reason)
+            meta = {"unit": name, "reader": reader.name, "chain_id": chain.chain_id, "edits": []}
+            run.write_unit(name, measured.records, meta)
+
+
+def generate_chains(config: StudyConfig, out: str | Path, progress: Progress = silent) -> RunDirectory:
     """Let the first reader of `config` write chains into `out`/chains.jsonl, and measure nothing."""
     run, problems, manifest = _begin(config, out)
     model = _load(config, config.readers[0], run, progress)
@@ -120,7 +134,7 @@ def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Pro
         reason = "conflict: there is none for answers that are no numbers; the generators alone make their own"
         run.add_exclusion(problem_id=ALL, stage="edit", reason=reason)
     if not problems:
-        raise CotfaithError(f"{config.problems!r} gave no usable problem: {_why_empty(run)}.")
+        raise CotfaithError(f"{config.problems!r} gave no usable problem: {why_empty(run)}.")
     manifest = {
         "config": plain,
         "pinned": {},
@@ -132,69 +146,6 @@ def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Pro
         "checks": [],
     }
     return run, problems, manifest
-
-
-def conclude(run: RunDirectory, progress: Progress = _silent) -> Path:
-    """Estimates, figures and report of a run directory from its records; needs no model. Gives the report's path."""
-    stages: tuple[Callable[[RunDirectory], Any], ...] = (_estimate, draw_figures, build_report)
-    *_, path = (stage(run) for stage in progress(stages, "estimates, figures, report"))
-    return path
-
-
-def _estimate(run: RunDirectory) -> None:
-    """Estimates and bridge from the records, with the checks, counts and conclusions they give to the manifest."""
-    manifest = run.read_manifest()
-    config = parse_config(manifest["config"])
-    records, chains = run.read_records(), run.read_chains()
-    if records.empty:
-        raise CotfaithError(f"{run.path} holds no records: {_why_empty(run)}.")
-    names = [reader.name for reader in config.readers]
-    estimates = estimates_of(records, chains, names, config.primary, np.random.default_rng(config.seed))
-    bridges, disagreements = bridge(records, chains, names, np.random.default_rng(config.seed + 1))
-    run.write_estimates([*estimates, *bridges])
-    checks = [check for check in manifest.get("checks", []) if not check["check"].startswith("records/")]
-    manifest["checks"] = checks + _record_checks(records, config.dtype)
-    manifest["counts"] = {
-        "problems": int(records.problem_id.nunique()),
-        "units": len(run.read_unit_meta()),
-        "records": len(records),
-        "exclusions": len(run.read_exclusions()),
-    }
-    made = [Paraphrases.from_json(row["paraphrases"]) for row in chains if row.get("paraphrases")]
-    manifest["paraphrases"] = tally(made) if made else None
-    manifest["disagreements"] = disagreements.to_dict("records")
-    manifest["conclusion"] = conclusions(estimates, names)
-    manifest["verdicts"] = verdicts(estimates, names)
-    run.write_manifest(manifest)
-
-
-def _why_empty(run: RunDirectory) -> str:
-    """The first reason something was left out, or the command that would fill the run."""
-    reasons = [row["reason"] for row in run.read_exclusions() if row["problem_id"] != ALL]
-    more = f" (and {len(reasons) - 1} more in exclusions.jsonl)" if len(reasons) > 1 else ""
-    return (
-        f"{reasons[0].rstrip('.')}{more}"
-        if reasons
-        else "give its chains.jsonl to `cotfaith test -p`, or run the study again"
-    )
-
-
-COMPLETENESS = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}
-"""Largest error of the sums of direct contributions that passes, in logits; .06 was measured in bfloat16."""
-
-
-def _record_checks(records: Any, dtype: str) -> list[dict[str, Any]]:
-    checks = []
-    for measure, metric, name, threshold in (
-        ("control", "max_abs_diff", "self_patch", 0.0),
-        ("attribution", "completeness_error", "direct contributions sum to the logit difference", COMPLETENESS[dtype]),
-    ):
-        values = records[(records.measure == measure) & (records.metric == metric)].value
-        if len(values):
-            worst = float(values.max(skipna=False))
-            row = {"check": f"records/{name}", "value": worst, "threshold": threshold, "passed": worst <= threshold}
-            checks.append({**row, "detail": f"largest of {len(values)}"})
-    return checks
 
 
 def _versions() -> dict[str, str]:

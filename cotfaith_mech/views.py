@@ -203,6 +203,31 @@ def knockout_matrix(records: Table, chain: dict[str, Any]) -> Table:
     return table[["reader", "row", "step", "value"]].astype({"row": int, "step": int})
 
 
+def cross_model(records: Table) -> Table:
+    """Mean P(chain's answer) with one layer of the other model: `reader into rows layer value low high n`.
+
+    Rows without a layer are the whole models' own values: `into` names the model, `rows` is "own". The conflict is the
+    one whose layers were exchanged; each problem counts once.
+    """
+    columns = ["reader", "into", "rows", "layer", "value", "low", "high", "n"]
+    found = select(records, "cross_model", "p_chain")
+    if found.empty:
+        return pd.DataFrame(columns=columns)
+    parts = found["variant"].str.split("/", expand=True).reindex(columns=range(3))
+    found = found.assign(conflict=parts[0], into=parts[1].str.removeprefix("into_"), rows=parts[2])
+    own = found["layer"].isna() & found["into"].isin(["write_base_read_base", "write_tuned_read_tuned"])
+    found.loc[own, "into"] = found.loc[own, "into"].str.rpartition("_")[2]
+    found.loc[own, "rows"] = "own"
+    layered = set(found.loc[found["layer"].notna(), "conflict"])
+    found = found[found["conflict"].isin(layered) & (own | found["layer"].notna())]
+    rows = []
+    for (reader, into, part, layer), one in found.groupby(["reader", "into", "rows", "layer"], dropna=False):
+        values = one.groupby("problem_id")["value"].mean().to_numpy(float)
+        low, high = band(values)
+        rows.append((reader, into, part, layer, float(values.mean()), low, high, len(values)))
+    return pd.DataFrame(rows, columns=columns)
+
+
 def attribution(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
     """Mean direct logit contribution of each head from the true step: `reader layer head value n`."""
     found = select(records, "attribution", "contribution", "direct").dropna(subset=["step", "layer", "head"])

@@ -19,11 +19,12 @@ ORDER = [
     "paraphrasers backends measured sampling reading",
     "variants endpoint",
     "behaviour contrast trace",
-    "patching knockout mediation",
+    "patching knockout mediation crossmodel",
     "config attribution crosscheck outcomes bench doctor",
     "compare bridge",
     "views figures",
     "report",
+    "conclude",
     "study",
     "cli",
 ]

@@ -412,6 +412,30 @@ def test_knockouts_and_the_validation_of_attributions_by_hand():
     assert not [name for name in found if "from_step" in name or "head" in name]
 
 
+def test_mediated_shares_are_ratios_of_sums_and_the_interaction_of_write_and_read_is_its_own_number():
+    """PNIE .1 of TE .2 and .5 of .8: the share is .6 / 1, not the mean of .5 and .625."""
+    cells = {
+        "write_base_read_base": 0.9,
+        "write_base_read_tuned": 0.3,
+        "write_tuned_read_base": 0.8,
+        "write_tuned_read_tuned": 0.5,
+    }
+    groups = []
+    for problem, pnie, te in (("p0", 0.1, 0.2), ("p1", 0.5, 0.8)):
+        groups.append(rows("mediation", "kv", problem=problem, pnie=pnie, tnie=te, te=te, interaction=te - pnie))
+        groups += [rows("cross_model", f"agree/{cell}", problem=problem, p_chain=p) for cell, p in cells.items()]
+        groups.append(rows("cross_model", "agree/into_base/cue_rows", problem=problem, layer=3, p_chain=9))
+        groups.append(rows("baseline", problem=problem, correct=1))
+    found = estimates_of(table(*groups), chain_rows(["p0", "p1"]), ["A"], [], np.random.default_rng(0))
+    values = {e.name: e.value for e in found if e.arm == "A"}
+    assert values["mediation/kv/pnie_share"] == pytest.approx(0.6)
+    assert values["mediation/kv/tnie_share"] == pytest.approx(1)
+    assert values["mediation/kv/te"] == pytest.approx(0.5)
+    assert values["cross_model/agree/p_chain/interaction"] == pytest.approx(0.5 - 0.8 - 0.3 + 0.9)
+    assert values["cross_model/agree/write_tuned_read_base/p_chain"] == pytest.approx(0.8)
+    assert not [name for name in values if "into_" in name]
+
+
 def test_a_conclusion_names_the_conflict_it_rests_on():
     carried = [
         replace(e, name=e.name.replace("record_agree", "carried"))

@@ -82,6 +82,42 @@ def test_step_effects_against_loops_over_the_table(run: RunDirectory) -> None:
     assert effects["patch", "B", "p02", 1] == pytest.approx(patch[0] + 3)
 
 
+def test_cross_model_curves_by_hand() -> None:
+    """Two problems; the second conflict, whose layers were not exchanged, and the mixed cells stay out."""
+    rows = []
+    for problem, shift in (("p", 0.0), ("q", 0.2)):
+        key = {"reader": "B", "problem_id": problem, "chain_id": problem, "measure": "cross_model", "metric": "p_chain"}
+        for name, value in (
+            ("write_base_read_base", 0.8),
+            ("write_tuned_read_tuned", 0.2),
+            ("write_base_read_tuned", 9.0),
+        ):
+            rows += [
+                {**key, "variant": f"{conflict}/{name}", "value": value + shift} for conflict in ("agree", "absent")
+            ]
+        for layer in range(2):
+            where = {**key, "layer": layer}
+            rows.append({**where, "variant": "agree/into_tuned/chain_rows", "value": layer / 2 + shift})
+            rows.append({**where, "variant": "agree/into_base/cue_rows", "value": 0.5 + shift})
+    frame = table(*rows)
+    frame["layer"] = frame["layer"].astype("Int64")
+    found = {
+        (r.into, r.rows, None if pd.isna(r.layer) else int(r.layer)): (r.value, r.n)
+        for r in views.cross_model(frame).itertuples()
+    }
+    assert {name: value for name, (value, _) in found.items()} == pytest.approx(
+        {
+            ("base", "own", None): 0.9,
+            ("tuned", "own", None): 0.3,
+            ("tuned", "chain_rows", 0): 0.1,
+            ("tuned", "chain_rows", 1): 0.6,
+            ("base", "cue_rows", 0): 0.6,
+            ("base", "cue_rows", 1): 0.6,
+        }
+    )
+    assert {n for _, n in found.values()} == {2}
+
+
 def test_the_knockout_matrix_has_a_row_for_each_step_and_one_for_the_answer() -> None:
     key = {"reader": "A", "problem_id": "p", "chain_id": "p", "measure": "knockout", "metric": "delta_p"}
     rows = [{**key, "variant": "masked", "step": j, "value": j / 10} for j in range(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.behaviour import measure_behaviour
 from cotfaith_mech.chains import Chain, token_spans
 from cotfaith_mech.contrast import AnswerContrast
+from cotfaith_mech.crossmodel import Pair, measure_cross_model
 from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.knockout import ALL_EDGES, KnockoutPlan, cut_edits, measure_knockout
@@ -591,3 +593,87 @@ def test_mediation_without_twins_or_alignment_is_left_out() -> None:
     measured = measure_mediation(plain, problem(), "A")
     assert {r.variant for r in measured.records} == {"text"}
     assert "keys and values" in measured.exclusions[0]
+
+
+def roomy(seed: int) -> HuggingFaceModel:
+    weights = tiny("llama-gqa", seed=seed)
+    weights.model.config.max_position_embeddings = 512
+    return HuggingFaceModel(weights)
+
+
+def pair_of_models() -> Pair:
+    return Pair.of(roomy(0), roomy(1))
+
+
+def test_write_by_read_and_single_layers_against_edited_plain_passes() -> None:
+    """Oracle: k and v of all rows before the cue written into a plain pass of the reader, or a model built by hand whose
+    one layer is the other's."""
+    pair, p = pair_of_models(), problem()
+    chain = supplied_chain(pair.models["base"], p)
+    records = measure_cross_model(pair, replace(p, kind="text"), chain, "B").records
+    conflict = p.conflicts[0]
+    text = replace(chain, prompt=pair.models["base"].render(conflict.question), steps=conflict.steps)
+    text = text.with_answer(f" {conflict.chain_answer}")
+    encoding = pair.models["base"].encode(text.text)
+    spans = token_spans(text, encoding)
+    cue, n, ids = spans.cue[0], spans.answer[1] - spans.answer[0], torch.tensor(encoding.ids[spans.answer[0] :])
+    sites = [Site(kind, layer) for layer in range(pair.models["base"].info.n_layers) for kind in ("k", "v")]
+
+    def logp(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -n - 1 : -1].log_softmax(-1).gather(2, ids[None, :, None]).sum((1, 2))[:, None]
+
+    def oracle(writes: HuggingFaceModel, reads: HuggingFaceModel) -> float:
+        states = PlainRun(writes, encoding.ids).read(sites)
+        edits = [ActivationEdit(site, tuple(range(cue)), "replace", states[site][:cue]) for site in sites]
+        return float(PlainRun(reads, encoding.ids).edited([edits], n_logits=n + 1, reduce=logp))
+
+    got = {(r.variant, r.layer): np.log(r.value) for r in records if r.metric == "p_chain"}
+    for writes in ("base", "tuned"):
+        for reads in ("base", "tuned"):
+            expected = oracle(pair.models[writes], pair.models[reads])
+            assert got[f"{conflict.variant}/write_{writes}_read_{reads}", None] == pytest.approx(expected, abs=1e-3)
+    mixed, other = roomy(0), roomy(1)
+    mixed.weights.model.model.layers[2].load_state_dict(other.weights.model.model.layers[2].state_dict())
+    expected = {"chain_rows": oracle(mixed, pair.models["base"]), "cue_rows": oracle(pair.models["base"], mixed)}
+    for rows, value in expected.items():
+        assert got[f"{conflict.variant}/into_base/{rows}", 2] == pytest.approx(value, abs=1e-3)
+        assert abs(value - got[f"{conflict.variant}/write_base_read_base", None]) > 1e-2
+    assert len({round(value, 3) for value in got.values()}) > 20
+
+
+def test_cross_model_patching_of_a_model_with_itself_changes_nothing_and_leaves_the_models_alone() -> None:
+    base, p = model("llama-gqa"), problem()
+    before = [param.clone() for param in base.weights.model.parameters()]
+    records = measure_cross_model(Pair.of(base, base), p, supplied_chain(base, p), "B").records
+    values = np.log(
+        [r.value for r in records if r.metric == "p_chain" and r.variant.startswith(p.conflicts[0].variant)]
+    )
+    assert np.ptp(values) < 1e-4
+    after = list(base.weights.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_an_exchanged_layer_is_put_back_after_an_error() -> None:
+    pair = pair_of_models()
+    ids = torch.tensor([supplied_tokens(pair.models["base"])])
+    hybrid = pair.hybrids["base"]
+    with suppress(RuntimeError), hybrid.with_layer(1) as mixed:
+        assert not torch.equal(mixed.run(ids).logits, pair.models["base"].run(ids).logits)
+        raise RuntimeError("in the middle")
+    assert torch.equal(hybrid.model.run(ids).logits, pair.models["base"].run(ids).logits)
+
+
+def supplied_tokens(m: HuggingFaceModel) -> tuple[int, ...]:
+    return m.encode(supplied_chain(m, problem()).text).ids
+
+
+def test_models_that_do_not_fit_are_refused_and_problems_without_conflicts_left_out() -> None:
+    base = model("llama-gqa")
+    with pytest.raises(CotfaithError, match="not of one architecture and shape"):
+        Pair.of(base, model("llama-mqa"))
+    with pytest.raises(CotfaithError, match="cannot be spliced"):
+        Pair.of(base, same_weights(base, "transformer_lens"))
+    p = replace(problem(), conflicts=())
+    measured = measure_cross_model(pair_of_models(), p, supplied_chain(base, p), "B")
+    assert not measured.records
+    assert "no conflicts" in measured.exclusions[0]

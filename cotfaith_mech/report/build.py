@@ -237,7 +237,8 @@ def _chain_views(
     run: RunDirectory, records: Table, chains: list[dict[str, Any]], readers: list[str]
 ) -> list[dict[str, Any]]:
     """What the chain view shows of each chain: texts, answers, step effects, its own maps, the edited texts."""
-    effects, cells, metas = views.step_effects(records), views.patches(records), run.read_unit_meta()
+    effects, cells = views.step_effects(records), views.patches(records)
+    metas = [meta for meta in run.read_unit_meta() if "answer" in meta]
     rows = []
     for chain in chains:
         own = [meta for meta in metas if meta.get("chain_id") == chain["chain_id"]]

@@ -1,0 +1,91 @@
+"""From the records of a run to its estimates, figures and report: what a laptop without a model can do again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bridge import bridge
+from .compare import conclusions, estimates_of, verdicts
+from .config import parse_config
+from .errors import CotfaithError
+from .figures import draw_figures
+from .paraphrasers import Paraphrases, tally
+from .records import RunDirectory
+from .report import build_report
+
+ALL = "(all)"
+"""In place of a problem's id in an exclusion that holds for all of them."""
+
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Gives the items on, one at a time, and shows how far it is under a label."""
+
+
+def silent(items: Sequence[Any], label: str) -> Iterable[Any]:
+    return items
+
+
+def conclude(run: RunDirectory, progress: Progress = silent) -> Path:
+    """Estimates, figures and report of a run directory from its records; needs no model. Gives the report's path."""
+    stages: tuple[Callable[[RunDirectory], Any], ...] = (_estimate, draw_figures, build_report)
+    *_, path = (stage(run) for stage in progress(stages, "estimates, figures, report"))
+    return path
+
+
+def _estimate(run: RunDirectory) -> None:
+    """Estimates and bridge from the records, with the checks, counts and conclusions they give to the manifest."""
+    manifest = run.read_manifest()
+    config = parse_config(manifest["config"])
+    records, chains = run.read_records(), run.read_chains()
+    if records.empty:
+        raise CotfaithError(f"{run.path} holds no records: {why_empty(run)}.")
+    names = [reader.name for reader in config.readers]
+    estimates = estimates_of(records, chains, names, config.primary, np.random.default_rng(config.seed))
+    bridges, disagreements = bridge(records, chains, names, np.random.default_rng(config.seed + 1))
+    run.write_estimates([*estimates, *bridges])
+    checks = [check for check in manifest.get("checks", []) if not check["check"].startswith("records/")]
+    manifest["checks"] = checks + _record_checks(records, config.dtype)
+    manifest["counts"] = {
+        "problems": int(records.problem_id.nunique()),
+        "units": len(run.read_unit_meta()),
+        "records": len(records),
+        "exclusions": len(run.read_exclusions()),
+    }
+    made = [Paraphrases.from_json(row["paraphrases"]) for row in chains if row.get("paraphrases")]
+    manifest["paraphrases"] = tally(made) if made else None
+    manifest["disagreements"] = disagreements.to_dict("records")
+    manifest["conclusion"] = conclusions(estimates, names)
+    manifest["verdicts"] = verdicts(estimates, names)
+    run.write_manifest(manifest)
+
+
+def why_empty(run: RunDirectory) -> str:
+    """The first reason something was left out, or the command that would fill the run."""
+    reasons = [row["reason"] for row in run.read_exclusions() if row["problem_id"] != ALL]
+    more = f" (and {len(reasons) - 1} more in exclusions.jsonl)" if len(reasons) > 1 else ""
+    return (
+        f"{reasons[0].rstrip('.')}{more}"
+        if reasons
+        else "give its chains.jsonl to `cotfaith test -p`, or run the study again"
+    )
+
+
+COMPLETENESS = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}
+"""Largest error of the sums of direct contributions that passes, in logits; .06 was measured in bfloat16."""
+
+
+def _record_checks(records: Any, dtype: str) -> list[dict[str, Any]]:
+    checks = []
+    for measure, metric, name, threshold in (
+        ("control", "max_abs_diff", "self_patch", 0.0),
+        ("attribution", "completeness_error", "direct contributions sum to the logit difference", COMPLETENESS[dtype]),
+    ):
+        values = records[(records.measure == measure) & (records.metric == metric)].value
+        if len(values):
+            worst = float(values.max(skipna=False))
+            row = {"check": f"records/{name}", "value": worst, "threshold": threshold, "passed": worst <= threshold}
+            checks.append({**row, "detail": f"largest of {len(values)}"})
+    return checks
