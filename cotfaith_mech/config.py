@@ -95,6 +95,10 @@ class StudyConfig(_Strict):
         names = [reader.name for reader in self.readers]
         if len(set(names)) < len(names):
             raise ValueError(f"two readers are named {max(names, key=names.count)!r}; give each its own name")
+        if self.cross_model and not (self.readers[0].mechanism and any(one.mechanism for one in self.readers[1:])):
+            raise ValueError(
+                "cross_model compares the first reader with others, all with mechanism: true; give two such"
+            )
         return self
 
 

@@ -105,7 +105,8 @@ def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) ->
     if len(losses := views.knockout(records, chains)):
         yield "knockout", knockout_figure(losses, readers)
     if len(layers := views.cross_model(records)):
-        yield "cross_model", cross_model_figure(layers, readers)
+        named = [reader["name"] for reader in config.get("readers") or []] or readers
+        yield "cross_model", cross_model_figure(layers, named)
     if len(heads := views.attribution(records, chains)):
         yield "attribution", attribution_figure(heads, readers)
 
@@ -316,8 +317,9 @@ def cross_model_figure(cells: Table, readers: list[str]) -> Figure:
                 axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             for model in (into, donor):
                 own = of_reader[(of_reader["into"] == model) & (of_reader["rows"] == "own")]["value"].to_numpy(float)
-                axis.axhline(own[0], color="#555555", linestyle="--", linewidth=0.8)
-                axis.annotate(drawable(names[model]), (1.01, own[0]), xycoords=("axes fraction", "data"), fontsize=7)
+                for value in own:
+                    axis.axhline(value, color="#555555", linestyle="--", linewidth=0.8)
+                    axis.annotate(drawable(names[model]), (1.01, value), xycoords=("axes fraction", "data"), fontsize=7)
             title = f"one layer of {drawable(names[donor])} in {drawable(names[into])}"
             axis.set(title=title, xlabel="layer exchanged", ylim=(-0.02, 1.02))
         row[0].set_ylabel("P(chain's answer)")

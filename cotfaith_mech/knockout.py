@@ -98,7 +98,7 @@ def _cuts(trunk: Trunk, plan: KnockoutPlan, contrast: AnswerContrast, seed: int)
     prompt = range(spans.prompt[0] + SINK_TOKENS, spans.prompt[1])
     everywhere, at = range(n_layers), spans.answer[0] + contrast.index - 1
     if "chain" in plan.edges:
-        yield _Cut("_chain", rows, range(spans.steps[0][0], spans.cue[0]), everywhere, None, {})
+        yield _Cut("_chain", rows, range(spans.prompt[1], spans.cue[0]), everywhere, None, {})
     if "question" in plan.edges:
         yield _Cut("_question", rows, prompt, everywhere, None, {})
     for j, keys in enumerate(steps):
@@ -115,7 +115,8 @@ def _cuts(trunk: Trunk, plan: KnockoutPlan, contrast: AnswerContrast, seed: int)
         for draw in range(plan.random_draws if "random" in plan.edges else 0):
             rng = np.random.default_rng([seed, 5, j, draw])
             drawn = sorted(rng.choice(prompt, min(len(keys), len(prompt)), replace=False).tolist())
-            yield _Cut("_random", rows, drawn, everywhere, None, {"step": j, "seed": draw})
+            enough = drawn if len(drawn) == len(keys) else ()
+            yield _Cut("_random", rows, enough, everywhere, None, {"step": j, "seed": draw})
         for layer in everywhere if "windows" in plan.edges else ():
             layers = range(layer, min(layer + plan.window, n_layers))
             yield _Cut(f"_window_{plan.window}", rows, keys, layers, None, {"step": j, "layer": layer})
@@ -125,8 +126,9 @@ def _cuts(trunk: Trunk, plan: KnockoutPlan, contrast: AnswerContrast, seed: int)
 
 
 def _exists(windows: Sequence[int | None], cut: _Cut) -> bool:
-    """Whether any query of `cut` sees any of its keys in any of its layers; without keys there is nothing to see."""
+    """Whether any query of `cut` sees any of its keys in any of its layers; false without keys: a prompt too short for
+    the control, say."""
     if not cut.keys:
-        return True
+        return False
     nearest = min(query - key for query in cut.queries for key in cut.keys if key <= query)
     return any(window is None or nearest < window for window in (windows[layer] for layer in cut.layers))

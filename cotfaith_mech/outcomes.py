@@ -278,7 +278,7 @@ def _from_validation(records: Table) -> list[Table]:
     parts = []
     for variant, metric in (("direct", "contribution"), ("weight", "weight")):
         rows = rows_of(records, "attribution", metric, variant)
-        both = rows[[*UNIT, *where, "value"]].merge(cut[[*UNIT, *where, "value"]], on=[*UNIT, *where])
+        both = rows[[*UNIT, *where, "value"]].merge(cut[[*UNIT, *where, "value"]], on=[*UNIT, *where]).dropna()
         for unit, own in both.groupby(UNIT):
             foretold, lost = own["value_x"].to_numpy(float), own["value_y"].to_numpy(float)
             scores = {
@@ -345,12 +345,12 @@ def _from_cross_model(records: Table) -> list[Table]:
         _named(own, f"cross_model/{variant}/{metric}") for (variant, metric), own in grouped(rows, "variant", "metric")
     ]
     conflict, cell = (rows["variant"].str.rpartition("/")[i] for i in (0, 2))
-    sign = np.where(cell.isin(["write_base_read_base", "write_tuned_read_tuned"]), 1.0, -1.0)
-    signed = rows.assign(conflict=conflict, value=rows["value"] * sign)
-    for (name, metric), own in grouped(signed, "conflict", "metric"):
-        total = own.groupby(UNIT)["value"].sum().reset_index()
-        parts.append(total.assign(name=f"cross_model/{name}/{metric}/interaction"))
-    return parts
+    cells = rows.assign(conflict=conflict, cell=cell)
+    wide = cells.groupby([*UNIT, "conflict", "metric", "cell"])["value"].mean().unstack("cell")
+    bb, bt, tb, tt = (wide.get(f"write_{w}_read_{r}", np.nan) for w in ("base", "tuned") for r in ("base", "tuned"))
+    both = (tt - tb - bt + bb).rename("value").dropna().reset_index()
+    both["name"] = "cross_model/" + both["conflict"] + "/" + both["metric"] + "/interaction"
+    return [*parts, both[[*UNIT, "value", "name"]]]
 
 
 # 2. ratios of sums: columns UNIT, name, note, numerator, denominator

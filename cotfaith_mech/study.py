@@ -49,6 +49,7 @@ PACKAGES = ("cotfaith-mech", "torch", "transformers", "transformer-lens", "nnsig
 def run_study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> RunDirectory:
     """Run what is missing of `config` in the run directory `out`, then estimate, draw and report."""
     run, problems, manifest = _begin(config, out)
+    model: TextReader | None = None
     for reader in config.readers:
         started, n_units = time.perf_counter(), len(run.read_unit_meta())
         model = _load(config, reader, run, progress)
@@ -60,36 +61,54 @@ def run_study(config: StudyConfig, out: str | Path, progress: Progress = silent)
         spent = round(time.perf_counter() - started, 1)
         known = run.read_manifest().get("timings", {}).get(reader.name, spent)
         manifest["timings"][reader.name] = spent if len(run.read_unit_meta()) > n_units else known
+    model = None
+    _write_manifest(run, manifest)
     if config.cross_model:
         _run_pairs(config, problems, run, progress)
-    _write_manifest(run, manifest)
     conclude(run, progress)
     return run
 
 
 def _run_pairs(config: StudyConfig, problems: Sequence[Problem], run: RunDirectory, progress: Progress) -> None:
-    """Cross-model patching of every tuned reader with the first; what is on disk is left alone."""
+    """Cross-model patching of every tuned reader with the first; what is on disk is left alone. Two models are held."""
+    base: TextReader | None = None
+    first, *others = config.readers
+    rows = run.read_chains()
+    for reader in others:
+        names = [unit_id([first.name, reader.name], row["chain_id"], ["cross_model"]) for row in rows]
+        missing = [(name, row) for name, row in zip(names, rows, strict=True) if not run.has_unit(name)]
+        if reader.mechanism and missing:
+            base = base or _load(config, first, run, progress)
+            tuned = _load(config, reader, run, progress)
+            try:
+                _run_pair(problems, (first.name, base), (reader.name, tuned), missing, run, progress)
+            except CotfaithError as error:
+                run.add_exclusion(problem_id=ALL, reader=reader.name, stage="measure", reason=f"cross-model: {error}")
+            del tuned
+
+
+def _run_pair(
+    problems: Sequence[Problem],
+    base: tuple[str, TextReader],
+    tuned: tuple[str, TextReader],
+    missing: Sequence[tuple[str, dict[str, Any]]],
+    run: RunDirectory,
+    progress: Progress,
+) -> None:
     from .crossmodel import Pair, measure_cross_model
 
-    by_id, rows = {problem.problem_id: problem for problem in problems}, run.read_chains()
-    base, *others = config.readers
-    for reader in others if base.mechanism else ():
-        names = [unit_id([base.name, reader.name], row["chain_id"], ["cross_model"]) for row in rows]
-        missing = [(name, row) for name, row in zip(names, rows, strict=True) if not run.has_unit(name)]
-        if not reader.mechanism or not missing:
+    by_id, pair, reader = {problem.problem_id: problem for problem in problems}, Pair.of(base[1], tuned[1]), tuned[0]
+    for name, row in progress(missing, f"{base[0]} x {reader}"):
+        chain = Chain.from_json(row)
+        try:
+            measured = measure_cross_model(pair, by_id[chain.problem_id], chain, reader)
+        except CotfaithError as error:
+            _exclude(run, chain, reader, "measure", f"cross-model patching: {error}")
             continue
-        pair = Pair.of(*(_load(config, one, run, progress) for one in (base, reader)))
-        for name, row in progress(missing, f"{base.name} x {reader.name}"):
-            chain = Chain.from_json(row)
-            try:
-                measured = measure_cross_model(pair, by_id[chain.problem_id], chain, reader.name)
-            except CotfaithError as error:
-                _exclude(run, chain, reader.name, "measure", f"cross-model patching: {error}")
-                continue
-            for reason in measured.exclusions:
-                _exclude(run, chain, reader.name, "edit", reason)
-            meta = {"unit": name, "reader": reader.name, "chain_id": chain.chain_id, "edits": []}
-            run.write_unit(name, measured.records, meta)
+        for reason in [*measured.exclusions, *_undefined(measured)]:
+            _exclude(run, chain, reader, "edit", reason)
+        meta = {"unit": name, "reader": reader, "chain_id": chain.chain_id, "edits": []}
+        run.write_unit(name, measured.records, meta)
 
 
 def generate_chains(config: StudyConfig, out: str | Path, progress: Progress = silent) -> RunDirectory:
@@ -385,8 +404,7 @@ def _measure(
             continue
         measured.records += part.records
         measured.exclusions += part.exclusions
-    bad = [record for record in measured.records if not np.isfinite(record.value)]
-    measured.exclusions += [f"{_where(record)}: value is {record.value}" for record in bad]
+    measured.exclusions += _undefined(measured)
     return measured, failed
 
 
@@ -416,6 +434,12 @@ def _mechanism(
             heads, foil = KnockoutPlan(("heads",), ("zeroed",)), f" {problem.twin_answer}"
             parts["knockout of heads"] = lambda: measure_knockout(trunk, name, heads, foil=foil, seed=seed)
     return parts
+
+
+def _undefined(measured: Measured) -> list[str]:
+    """A reason for each record whose value is NaN or infinite."""
+    bad = [record for record in measured.records if not np.isfinite(record.value)]
+    return [f"{_where(record)}: value is {record.value}" for record in bad]
 
 
 def _where(record: Record) -> str:

@@ -218,8 +218,8 @@ def cross_model(records: Table) -> Table:
     own = found["layer"].isna() & found["into"].isin(["write_base_read_base", "write_tuned_read_tuned"])
     found.loc[own, "into"] = found.loc[own, "into"].str.rpartition("_")[2]
     found.loc[own, "rows"] = "own"
-    layered = set(found.loc[found["layer"].notna(), "conflict"])
-    found = found[found["conflict"].isin(layered) & (own | found["layer"].notna())]
+    keys = found["problem_id"].astype(str) + "/" + found["conflict"]
+    found = found[keys.isin(keys[found["layer"].notna()]) & (own | found["layer"].notna())]
     rows = []
     for (reader, into, part, layer), one in found.groupby(["reader", "into", "rows", "layer"], dropna=False):
         values = one.groupby("problem_id")["value"].mean().to_numpy(float)

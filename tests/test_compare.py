@@ -426,6 +426,7 @@ def test_mediated_shares_are_ratios_of_sums_and_the_interaction_of_write_and_rea
         groups += [rows("cross_model", f"agree/{cell}", problem=problem, p_chain=p) for cell, p in cells.items()]
         groups.append(rows("cross_model", "agree/into_base/cue_rows", problem=problem, layer=3, p_chain=9))
         groups.append(rows("baseline", problem=problem, correct=1))
+    groups.append(rows("cross_model", "absent/write_base_read_base", problem="p0", p_chain=0.5))
     found = estimates_of(table(*groups), chain_rows(["p0", "p1"]), ["A"], [], np.random.default_rng(0))
     values = {e.name: e.value for e in found if e.arm == "A"}
     assert values["mediation/kv/pnie_share"] == pytest.approx(0.6)
@@ -434,6 +435,7 @@ def test_mediated_shares_are_ratios_of_sums_and_the_interaction_of_write_and_rea
     assert values["cross_model/agree/p_chain/interaction"] == pytest.approx(0.5 - 0.8 - 0.3 + 0.9)
     assert values["cross_model/agree/write_tuned_read_base/p_chain"] == pytest.approx(0.8)
     assert not [name for name in values if "into_" in name]
+    assert "cross_model/absent/p_chain/interaction" not in values
 
 
 def test_a_conclusion_names_the_conflict_it_rests_on():

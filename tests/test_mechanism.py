@@ -291,6 +291,22 @@ def test_edges_outside_a_sliding_window_are_undefined() -> None:
     assert {bool(np.isnan(value)) for value in got.values()} == {True, False}
 
 
+def test_a_control_that_cannot_be_drawn_and_a_chain_without_steps_are_no_zeros() -> None:
+    """The prompt is shorter than a step: as many random positions do not exist."""
+    t = trunk("llama-gqa")
+    short = replace(t, spans=replace(t.spans, prompt=(t.spans.prompt[1] - 6, t.spans.prompt[1])))
+    records = measure_knockout(short, "A", KnockoutPlan(("step", "random"))).records
+    values = {r.variant: r.value for r in records if r.metric == "delta_p"}
+    assert np.isnan(values["masked_random"])
+    assert not np.isnan(values["masked"])
+    m, p = model("llama-gqa"), problem()
+    chain = replace(supplied_chain(m, p), steps=()).with_answer(f" {p.gold}")
+    records = measure_knockout(Trunk.of(m, chain, "number"), "A", KnockoutPlan(ALL_EDGES)).records
+    values = {r.variant: r.value for r in records if r.metric == "delta_p"}
+    assert np.isnan(values["masked_chain"])
+    assert not np.isnan(values["masked_question"])
+
+
 def test_zeroed_heads_and_windows_are_where_they_say() -> None:
     """Each head of each layer against TransformerLens, at the row that predicts where a* and the foil part."""
     t = trunk("llama-gqa")
@@ -574,6 +590,8 @@ def test_a_run_spliced_with_itself_is_itself_and_another_models_keys_are_read_as
     assert (got - donor.logits(4)).abs().max() > 0.1
     with pytest.raises(CotfaithError, match=f"a run of as many on the same backend; found CornerRun of {n - 1}"):
         t.run.spliced(t.model.cached_run(t.run.tokens[:-1]), 0, cue)
+    with pytest.raises(CotfaithError, match="takes positions 0 to 999"):
+        t.run.spliced(donor, 0, 999)
     with pytest.raises(CotfaithError, match="differ in layers or widths"):
         t.run.spliced(HuggingFaceModel(tiny("llama-mqa")).cached_run(t.run.tokens), 0, cue)
     with pytest.raises(CotfaithError, match="use the huggingface backend"):
@@ -598,6 +616,13 @@ def test_mediation_without_twins_or_alignment_is_left_out() -> None:
 def roomy(seed: int) -> HuggingFaceModel:
     weights = tiny("llama-gqa", seed=seed)
     weights.model.config.max_position_embeddings = 512
+    return HuggingFaceModel(weights)
+
+
+def with_another_epsilon() -> HuggingFaceModel:
+    """The same shapes, another computation."""
+    weights = tiny("llama-gqa", seed=1)
+    weights.model.config.rms_norm_eps *= 2
     return HuggingFaceModel(weights)
 
 
@@ -671,6 +696,8 @@ def test_models_that_do_not_fit_are_refused_and_problems_without_conflicts_left_
     base = model("llama-gqa")
     with pytest.raises(CotfaithError, match="not of one architecture and shape"):
         Pair.of(base, model("llama-mqa"))
+    with pytest.raises(CotfaithError, match="not of one architecture and shape"):
+        Pair.of(roomy(0), with_another_epsilon())
     with pytest.raises(CotfaithError, match="cannot be spliced"):
         Pair.of(base, same_weights(base, "transformer_lens"))
     p = replace(problem(), conflicts=())

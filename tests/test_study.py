@@ -129,6 +129,7 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
         ({"readers": [{"name": "A", "model": "x", "endpoint": "http://localhost/v1"}]}, "shows text alone"),
         ({"paraphraser": "rule"}, "paraphraser"),
         ({"min_label_mass": 1.5}, "min_label_mass"),
+        ({"readers": SMALL["readers"][:1], "cross_model": True}, "cross_model compares the first reader with others"),
     ],
 )
 def test_values_that_would_measure_something_else_are_refused(change: dict, told: str) -> None:

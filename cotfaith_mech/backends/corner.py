@@ -152,7 +152,11 @@ class CornerRun:
 
     def spliced(self, donor: CachedRun, first: int, end: int) -> CornerRun:
         """See `CachedRun.spliced`: the donor's residual stream is kept beside its keys and values."""
-        if not isinstance(donor, CornerRun) or len(donor.tokens) != len(self.tokens) or not 0 <= first < end:
+        if (
+            not isinstance(donor, CornerRun)
+            or len(donor.tokens) != len(self.tokens)
+            or not 0 <= first < end <= len(self.tokens)
+        ):
             raise CotfaithError(
                 f"A run of {len(self.tokens)} tokens takes positions {first} to {end} of a run of as many on the same "
                 f"backend; found {type(donor).__name__} of {len(donor.tokens)}."

@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from ..errors import CotfaithError
 from .huggingface import HuggingFaceModel
 from .transformer_lens import structural_clone
+
+_NO_COMPUTATION = {
+    "architectures", "transformers_version", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "quantization_config",
+}  # fmt: skip
+"""Keys of a model's config that say nothing of what its layers compute."""
+
+
+def _computed(model: HuggingFaceModel) -> tuple[Any, ...]:
+    """What the layers of a model compute with: shapes of their parameters, and the config's other fields."""
+    config = model.weights.model.config.get_text_config().to_dict()
+    fields = {key: value for key, value in config.items() if key not in _NO_COMPUTATION and not key.startswith("_")}
+    layers = [{name: p.shape for name, p in m.layer.named_parameters()} for m in model.layout.layers]
+    return fields, layers, model.windows
 
 
 class Hybrid:
@@ -18,8 +33,7 @@ class Hybrid:
     """
 
     def __init__(self, recipient: HuggingFaceModel, donor: HuggingFaceModel) -> None:
-        shapes = [{name: p.shape for name, p in m.weights.model.named_parameters()} for m in (recipient, donor)]
-        if shapes[0] != shapes[1]:
+        if _computed(recipient) != _computed(donor):
             raise CotfaithError(
                 f"{recipient.info.name!r} and {donor.info.name!r} are not of one architecture and shape, so their "
                 "layers cannot be exchanged; give a model and its fine-tune."
