@@ -114,8 +114,8 @@ def _range(name: str) -> tuple[float, float]:
         return -np.inf, np.inf
     effect = name.startswith("mediation/") and "/y_" not in name
     signed = effect or name == "dependence" or name.endswith(("/delta_p", "_pearson"))
-    if name.endswith("/interaction"):
-        return -2.0, 2.0
+    if name.endswith("/interaction") or "_interaction/" in name:
+        return -3.0, 3.0
     return (-1.0, 1.0) if signed else (0.0, 1.0)
 
 

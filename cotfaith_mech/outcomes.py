@@ -257,6 +257,7 @@ def _from_knockouts(records: Table, chains: Chains) -> list[Table]:
     with_true_step = [chain for chain, row in chains.items() if row.get("true_step") is not None]
     rows = records[(records["measure"] == "knockout") & records["metric"].isin(["delta_p", "delta_logp"])]
     rows = rows[rows["layer"].isna() & ~rows["variant"].str.contains("_from_step_")]
+    rows = pd.concat([rows, _path_interaction(rows)], ignore_index=True)
     parts = []
     for (variant, metric), own in grouped(rows, "variant", "metric"):
         name = "knockout/random" if variant == "masked_random" else f"knockout/{variant}".removesuffix("/masked")
@@ -268,6 +269,21 @@ def _from_knockouts(records: Table, chains: Chains) -> list[Table]:
             parts.append(_named(known[at_true], f"{name}/true_step/{metric}"))
             parts.append(_named(known[~at_true], f"{name}/other_steps/{metric}"))
     return parts
+
+
+def _path_interaction(knockouts: Table) -> Table:
+    """What the joint cut of a step takes beyond its direct edges and those by way of later steps, each by itself: rows
+    of the variants `masked_interaction` and `zeroed_interaction`. Positive where one path stands in for the other."""
+    where = [*UNIT, "step", "metric"]
+    parts = [knockouts.iloc[:0]]
+    for kind in ("masked", "zeroed"):
+        wide = knockouts.groupby([*where, "variant"])["value"].mean().unstack("variant")
+        cuts = [f"{kind}_joint", kind, f"{kind}_later"]
+        if set(cuts) <= set(wide):
+            joint, direct, later = (wide[cut] for cut in cuts)
+            found = (joint - direct - later).rename("value").dropna().reset_index()
+            parts.append(found.assign(measure="knockout", variant=f"{kind}_interaction"))
+    return pd.concat(parts, ignore_index=True)[[*where, "variant", "value"]]
 
 
 def _from_validation(records: Table) -> list[Table]:

@@ -386,6 +386,8 @@ def test_knockouts_and_the_validation_of_attributions_by_hand():
     records = table(
         *(rows("knockout", "masked", step=step, delta_p=(0.1, 0.5, 0.2, 0.3)[step]) for step in range(4)),
         *(rows("knockout", "zeroed_joint", step=step, delta_p=step / 10) for step in range(3)),
+        *(rows("knockout", "masked_joint", step=step, delta_p=(0.4, 0.9, 0.1)[step]) for step in range(3)),
+        *(rows("knockout", "masked_later", step=step, delta_p=(0.1, 0.1, 0.0)[step]) for step in range(3)),
         rows("knockout", "masked_chain", delta_p=0.75),
         *(rows("knockout", "masked_random", step=step, seed=0, delta_p=0.01) for step in range(4)),
         *(rows("knockout", "masked_from_step_2", step=step, delta_p=9) for step in range(2)),
@@ -403,13 +405,16 @@ def test_knockouts_and_the_validation_of_attributions_by_hand():
         "knockout/zeroed_joint/true_step/delta_p": 0.1,
         "knockout/zeroed_joint/other_steps/delta_p": 0.1,
         "knockout/masked_chain/delta_p": 0.75,
+        # joint - direct - later: .4 - .1 - .1, .9 - .5 - .1, .1 - .2 - 0; the last step has no later ones
+        "knockout/masked_interaction/true_step/delta_p": 0.3,
+        "knockout/masked_interaction/other_steps/delta_p": 0.05,
         "knockout/random/delta_p": 0.01,
         "attribution/direct/zeroed_pearson": 1,
         "attribution/weight/zeroed_pearson": -1,
         "attribution/direct/zeroed_top10_overlap": 1,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert not [name for name in found if "from_step" in name or "head" in name]
+    assert not [name for name in found if "from_step" in name or "head" in name or "zeroed_interaction" in name]
 
 
 def test_mediated_shares_are_ratios_of_sums_and_the_interaction_of_write_and_read_is_its_own_number():
