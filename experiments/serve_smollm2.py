@@ -1,9 +1,9 @@
 """Ask SmolLM2 over `transformers serve` and in process: python experiments/serve_smollm2.py [path of transformers]
 
-Needs `pip install 'cotfaith-mech[api]' 'transformers[serving]'` (the server may live in another environment). It
-samples only where generation_config.json says do_sample, so a copy of the model that says so is served; the client's
-retries wait for it. Prints what each reader says and the probability of a named answer. Their prompts differ: over the
-endpoint the cue has a user turn of its own.
+Needs `pip install 'cotfaith-mech[api]' 'transformers[serving]'`; where the server lives in another environment, give
+the path of its `transformers`. It samples only where generation_config.json says do_sample, so a copy of the model that
+says so is served; the client's retries wait for it. Prints what each reader says and the probability of a named answer.
+Their prompts differ: over the endpoint the cue has a user turn of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from cotfaith_mech.backends.weights import locate
 from cotfaith_mech.chains import Chain
 from cotfaith_mech.endpoint import AskedChain, Endpoint
+from cotfaith_mech.errors import EndpointError
 from cotfaith_mech.model import load
 from cotfaith_mech.problems import AnswerKind
 from cotfaith_mech.reading import Trunk
@@ -36,9 +37,13 @@ def main(command: str = str(Path(sys.executable).with_name("transformers"))) -> 
         folder = shutil.copytree(locate(NAME), f"{scratch}/model")
         Path(folder, "generation_config.json").write_text('{"do_sample": true, "top_k": 0, "eos_token_id": 2}')
         served = [command, "serve", folder, "--device", "cpu", "--dtype", "float32", "--port", PORT]
-        with subprocess.Popen(served, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        log = Path(scratch, "server.log")
+        with log.open("wb") as sink, subprocess.Popen(served, stdout=sink, stderr=sink) as server:
             try:
                 compare(Endpoint(folder, f"http://localhost:{PORT}/v1", samples=10, max_retries=15))
+            except EndpointError as failure:
+                said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+                raise SystemExit(f"{failure}\nThe last thing `{command} serve` said: {said[-1]}") from failure
             finally:
                 server.terminate()
 
