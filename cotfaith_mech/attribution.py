@@ -1,16 +1,28 @@
-"""Attention attribution: how much each head moves from each step straight into the answer's logits.
+"""Attention attribution: what each head moves from each step to the answer's logits, by five kinds side by side.
 
-Direct logit contribution of key k through head h of layer l, read at the position that predicts the first token where
-a* and the foil diverge: a[q, k] * v[k] W_O[h] . u, with u the unembedding direction of a* minus foil, every norm's
-scale frozen at the run's own. Exact and linear: summed over all keys and heads, with output biases, embedding and MLPs,
-it is the logit difference before any final soft-cap, and in each layer the heads and the bias sum to what attention
-wrote; the larger error of these identities is recorded.
-Attention weights stand beside it. Attention alone is not evidence.
+Everything is read at one query, the position that predicts the first token where a* and the foil diverge. With a the
+attention weight of a key, v its value, F the logit difference a* minus foil:
+  weight      a. Alone it is no evidence.
+  value_norm  |a v W_O|, before any norm after attention (Kobayashi et al. 2004.10102).
+  direct      a v W_O . u, u the unembedding direction of a* minus foil with every norm's scale frozen at the run's own.
+              Exact and linear: summed over all keys and heads, with output biases, embedding and MLPs, it is F before
+              any final soft-cap, and in each layer heads and bias sum to what attention wrote. Refuses norms that are
+              not root-mean-square.
+  gradient    a dF/da, through all that follows the head at the query, a final soft-cap too.
+  integrated  a times the mean of dF/da over the layer's weights at this query scaled from 0 to 1 (integrated gradients,
+              1703.01365, as in Hao et al. 2004.11207). Summed over heads and keys it is what F loses when the layer's
+              weights at the query are zero; not where a norm follows attention (Gemma), which its error then says.
+dF/da of a key is v . dF/dz: the gradient into z is all that is needed, and the key's whole path to the query counts.
+The errors of these sums are recorded. Validated by zeroed knockout of the same head and step (outcomes.py).
+
+TransformerLens's own tools (4.3) do not do this job: its direct logit attribution stops at whole heads, without keys or
+steps; `attribution_patch` scores nodes by differences of two runs, refuses edges on grouped heads, and leaves
+integrated gradients unimplemented. They serve as oracles in the tests.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,69 +37,127 @@ from .problems import Problem
 from .reading import Trunk
 from .sites import Site, SiteKind
 
+INTEGRATION_POINTS = 8
+"""Points of integrated gradients, by the Gauss-Legendre rule."""
+METRICS = {
+    "weight": "weight",
+    "value_norm": "norm",
+    "direct": "contribution",
+    "gradient": "contribution",
+    "integrated": "contribution",
+}
+"""The kinds of attribution (variants of its records), and the metric of each."""
 
-def measure_attribution(trunk: Trunk, problem: Problem, reader: str) -> Measured:
-    """Records of `attribution`: contribution and attention weight per layer, head and step, and completeness."""
-    measured = Measured(trunk.chain, reader)
-    if problem.twin_answer is None:
-        measured.exclusions.append("attribution: the problem has no foil (twin_answer) to contrast a* with")
-        return measured
-    try:
-        contrast = AnswerContrast.of(trunk, f" {problem.twin_answer}")
-    except CotfaithError as error:
-        measured.exclusions.append(f"attribution: {error}")
-        return measured
-    direct = direct_contributions(trunk, contrast, trunk.spans.answer[0] + contrast.index - 1)
-    for step, (start, end) in enumerate(trunk.spans.steps):
-        for variant, metric, values in (
-            ("direct", "contribution", direct.contribution[..., start:end].sum(-1)),
-            ("weight", "weight", direct.weight[..., start:end].sum(-1)),
-        ):
-            for layer, row in enumerate(values.tolist()):
-                for head, value in enumerate(row):
-                    where = {"step": step, "layer": layer, "head": head}
-                    measured.add("attribution", variant, {metric: value}, len(trunk.run.tokens), **where)
-    steps = sum(float(direct.contribution[..., a:b].sum()) for a, b in trunk.spans.steps)
-    values = {
-        "completeness_error": direct.error,
-        "logit_diff": direct.logit_diff,
-        "remainder": direct.logit_diff - steps,
-    }
-    measured.add("attribution", "direct", values, len(trunk.run.tokens))
-    return measured
+Kinds = dict[str, Float[Tensor, "layer head key"]]
 
 
 @dataclass(frozen=True)
-class DirectContributions:
-    """Contribution of every key to the logit difference at one query, its attention weight, that difference, and the
-    error of the sums: in each layer, heads and bias against what attention wrote; over all, with embedding and MLPs,
-    against the logit difference itself. The larger one; the pieces are read apart, so a wrong one shows."""
+class AttributionMaps:
+    """Each kind's value for every key up to the query; the logit difference F; the larger error of the two sums of
+    `direct`; and the error of each layer's sum of `integrated`, where asked for (logits)."""
 
-    contribution: Float[Tensor, "layer head key"]
-    weight: Float[Tensor, "layer head key"]
+    kinds: Kinds
     logit_diff: float
-    error: float
+    direct_error: float
+    integrated_errors: tuple[float, ...] = ()
 
 
-def direct_contributions(trunk: Trunk, contrast: AnswerContrast, query: int) -> DirectContributions:
-    """Contributions and attention weights of every key at position `query`."""
-    info = trunk.model.info
-    layers = range(info.n_layers)
-    first, last = Site("resid_pre", 0), Site("resid_post", info.n_layers - 1)
-    kinds: tuple[SiteKind, ...] = ("pattern", "z", "attn_out", "mlp_out")
-    here = trunk.run.read([first, last, *(Site(kind, layer) for layer in layers for kind in kinds)], first=query)
-    values = trunk.run.read([Site("v", layer) for layer in layers])
-    pattern = torch.stack([here[Site("pattern", layer)][:, 0] for layer in layers]).float()
-    z, attn_out, mlp_out = (torch.stack([here[Site(kind, layer)][0] for layer in layers]).float() for kind in kinds[1:])
-    v = torch.stack([values[Site("v", layer)] for layer in layers]).float()
-    v = repeat(v, "layer key kv d -> layer key (kv group) d", group=info.n_heads // info.n_kv_heads)
-    path = trunk.model.direct_path(z, here[last][0].float(), contrast.answer_token, contrast.foil_token)
-    contribution = pattern * einsum(v, path.into_z, "layer key head d, layer head d -> layer head key")
-    by_layer = contribution.sum((1, 2)) + path.bias
+def measure_attribution(trunk: Trunk, problem: Problem, reader: str, *, full: bool = False) -> Measured:
+    """Records of `attribution`, per layer, head and step: weight, norm and direct contribution, with `full` those by
+    gradients too; and the errors of the sums.
+
+    The foil is the twin's answer, else the token the reader finds most likely beside a*'s (AnswerContrast.named).
+    """
+    measured, n_tokens = Measured(trunk.chain, reader), len(trunk.run.tokens)
+    try:
+        maps = attribution_maps(trunk, AnswerContrast.named(trunk, problem.twin_answer), gradients=full)
+    except CotfaithError as error:
+        measured.exclusions.append(f"attribution: {error}")
+        return measured
+    for variant, values in maps.kinds.items():
+        for step, (start, end) in enumerate(trunk.spans.steps):
+            for layer, row in enumerate(values[..., start:end].sum(-1).tolist()):
+                for head, value in enumerate(row):
+                    where = {"step": step, "layer": layer, "head": head}
+                    measured.add("attribution", variant, {METRICS[variant]: value}, n_tokens, **where)
+    for layer, error in enumerate(maps.integrated_errors):
+        measured.add("attribution", "integrated", {"completeness_error": error}, n_tokens, layer=layer)
+    steps = sum(float(maps.kinds["direct"][..., a:b].sum()) for a, b in trunk.spans.steps)
+    totals = {
+        "completeness_error": maps.direct_error,
+        "logit_diff": maps.logit_diff,
+        "remainder": maps.logit_diff - steps,
+    }
+    measured.add("attribution", "direct", totals, n_tokens)
+    return measured
+
+
+def attribution_maps(trunk: Trunk, contrast: AnswerContrast, *, gradients: bool = False) -> AttributionMaps:
+    """Every kind of attribution of every key, and the errors of their sums.
+
+    Raises CotfaithError where the model's norms are no root-mean-square norms, or its backend gives no gradients.
+    """
+    heads = _Heads.read(trunk, trunk.spans.answer[0] + contrast.index - 1)
+    maps = _direct_kinds(trunk, contrast, heads)
+    return _with_gradients(maps, trunk, contrast, heads) if gradients else maps
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What every layer's attention read and wrote at one query, in float32."""
+
+    query: int
+    pattern: Float[Tensor, "layer head key"]
+    values: Float[Tensor, "layer key head d_head"]
+    z: Float[Tensor, "layer head d_head"]
+    attn_out: Float[Tensor, "layer d_model"]
+    mlp_out: Float[Tensor, "layer d_model"]
+    first: Float[Tensor, "d_model"]
+    final: Float[Tensor, "d_model"]
+
+    @classmethod
+    def read(cls, trunk: Trunk, query: int) -> _Heads:
+        info = trunk.model.info
+        layers = range(info.n_layers)
+        first, last = Site("resid_pre", 0), Site("resid_post", info.n_layers - 1)
+        kinds: tuple[SiteKind, ...] = ("pattern", "z", "attn_out", "mlp_out")
+        here = trunk.run.read([first, last, *(Site(kind, layer) for layer in layers for kind in kinds)], first=query)
+        values = trunk.run.read([Site("v", layer) for layer in layers])
+        v = torch.stack([values[Site("v", layer)][: query + 1] for layer in layers]).float()
+        v = repeat(v, "layer key kv d -> layer key (kv group) d", group=info.n_heads // info.n_kv_heads)
+        pattern = torch.stack([here[Site("pattern", layer)][:, 0, : query + 1] for layer in layers]).float()
+        z, attn_out, mlp_out = (
+            torch.stack([here[Site(kind, layer)][0] for layer in layers]).float() for kind in kinds[1:]
+        )
+        return cls(query, pattern, v, z, attn_out, mlp_out, here[first][0].float(), here[last][0].float())
+
+
+def _direct_kinds(trunk: Trunk, contrast: AnswerContrast, heads: _Heads) -> AttributionMaps:
+    """Weight, norm and direct contribution of every key."""
+    model = trunk.model
+    path = model.direct_path(heads.z, heads.final, contrast.answer_token, contrast.foil_token)
+    direct = heads.pattern * einsum(heads.values, path.into_z, "layer key head d, layer head d -> layer head key")
+    norms = torch.stack([model.written_norm(layer, v).T for layer, v in enumerate(heads.values)])
+    by_layer = direct.sum((1, 2)) + path.bias
     logits = trunk.run.logits(contrast.n_logits)[contrast.index]
-    logit_diff = float(
-        trunk.model.uncapped(logits[contrast.answer_token]) - trunk.model.uncapped(logits[contrast.foil_token])
+    logit_diff = float(model.uncapped(logits[contrast.answer_token]) - model.uncapped(logits[contrast.foil_token]))
+    total = by_layer.sum() + heads.mlp_out.sum(0) @ path.direction + heads.first @ path.direction
+    errors = [*(by_layer - heads.attn_out @ path.direction).abs().tolist(), abs(float(total) - logit_diff)]
+    kinds = {"weight": heads.pattern, "value_norm": heads.pattern * norms, "direct": direct}
+    return AttributionMaps({kind: values.cpu() for kind, values in kinds.items()}, logit_diff, float(np.max(errors)))
+
+
+def _with_gradients(maps: AttributionMaps, trunk: Trunk, contrast: AnswerContrast, heads: _Heads) -> AttributionMaps:
+    """`maps` with gradient x attention and integrated gradients of every key."""
+    points, weights = (torch.from_numpy(a).float() for a in np.polynomial.legendre.leggauss(INTEGRATION_POINTS))
+    scales = [0.0, 1.0, *((points + 1) / 2).tolist()]
+    into_z, logit_diffs = trunk.run.head_gradients(heads.query, scales, contrast.difference)
+    mean = einsum(weights / 2, into_z[:, 2:], "point, layer point head d -> layer head d")
+    into_z = torch.stack([into_z[:, 1], mean])
+    both = heads.pattern.cpu() * einsum(
+        heads.values.cpu(), into_z, "layer key head d, kind layer head d -> kind layer head key"
     )
-    total = by_layer.sum() + mlp_out.sum(0) @ path.direction + here[first][0].float() @ path.direction
-    errors = [*(by_layer - attn_out @ path.direction).abs().tolist(), abs(float(total) - logit_diff)]
-    return DirectContributions(contribution.cpu(), pattern.cpu(), logit_diff, float(np.max(errors)))
+    errors = (both[1].sum((1, 2)) - (logit_diffs[:, 1] - logit_diffs[:, 0])).abs().tolist()
+    return replace(
+        maps, kinds=maps.kinds | {"gradient": both[0], "integrated": both[1]}, integrated_errors=tuple(errors)
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .chains import token_spans
 from .errors import CotfaithError
+from .model import Reduce
 from .reading import Trunk
 
 
@@ -42,10 +43,38 @@ class AnswerContrast:
         return cls(own, index, own[index], other[index])
 
     @classmethod
+    def named(cls, trunk: Trunk, answer: str | None) -> AnswerContrast:
+        """Contrast with another answer (`'22'`), or where there is none with the runner-up: the likeliest other token
+        in place of a*'s first visible one."""
+        if answer is not None:
+            return cls.of(trunk, f" {answer}")
+        own = _answer_ids(trunk, trunk.chain.answer)
+        index = next((i for i, token in enumerate(own) if trunk.model.decode([token]).strip()), 0)
+        logits = trunk.run.logits(len(own) + 1)[index]
+        first, second = logits.topk(2).indices.tolist()
+        return cls(own, index, own[index], second if first == own[index] else first)
+
+    @classmethod
     def alone(cls, trunk: Trunk) -> AnswerContrast:
         """a* without a foil: its logit difference is 0 and means nothing, its probability is read as ever."""
         own = _answer_ids(trunk, trunk.chain.answer)
         return cls(own, 0, own[0], own[0])
+
+    def difference(self, logits: Float[Tensor, "row 1 vocab"]) -> Float[Tensor, "row"]:
+        """Logit difference of a* and the foil, of the logits where they part alone."""
+        return logits[:, 0, self.answer_token] - logits[:, 0, self.foil_token]
+
+    def beside(self, base: Float[Tensor, "read vocab"]) -> Reduce:
+        """`reduce`, and as a sixth column the divergence KL(base || edited) of the next token where a* and the foil
+        part, in nats."""
+        own = base[self.index].log_softmax(-1)
+
+        def reduce(logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 6"]:
+            edited, kept = logits[:, self.index].log_softmax(-1), own.to(logits.device)
+            divergence = (kept.exp() * (kept - edited)).sum(-1)
+            return torch.cat([self.reduce(logits), divergence[:, None]], 1)
+
+        return reduce
 
     def reduce(self, logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 5"]:
         """Logit difference, p(a*), is the foil's token the argmax where they part, is a*'s, is all of a* greedy."""

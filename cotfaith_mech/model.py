@@ -6,7 +6,7 @@ Nothing above this file imports transformers, transformer_lens or nnsight. Three
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -25,6 +25,10 @@ BackendName = Literal["huggingface", "transformer_lens", "nnsight"]
 
 Reduce = Callable[[Float[Tensor, "cell read vocab"]], Float[Tensor, "cell metric"]]
 """What to keep of the logits of each counterfactual; runs on the model's device, in float32."""
+
+
+Readout = Callable[[Float[Tensor, "row read vocab"]], Float[Tensor, "row"]]
+"""One number of the logits of each row, differentiable; runs on the model's device, in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +158,11 @@ class Model(TextReader, Protocol):
         """
         ...
 
+    def written_norm(self, layer: int, v: Float[Tensor, "*key head d_head"]) -> Float[Tensor, "*key head"]:
+        """|v W_O| of each query head of `layer`: the norm of what it writes for value `v`, before any norm after
+        attention."""
+        ...
+
     def lens(self, resid: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any vocab"]:
         """Logits that the model's own final norm, unembedding and soft-cap make of a residual stream; float32, CPU."""
         ...
@@ -216,6 +225,29 @@ class CachedRun(Protocol):
         """Each cell is one counterfactual (one or more edits of the base run)."""
         ...
 
+    def heads_within(
+        self, layer: int, cells: Sequence[Sequence[ActivationEdit]]
+    ) -> Float[Tensor, "cell pos head d_head"]:
+        """z of `layer` in each cell, whose edits are all of that layer; nothing above it is executed."""
+        ...
+
+    def head_gradients(
+        self, position: int, scales: Sequence[float], readout: Readout
+    ) -> tuple[Float[Tensor, "layer scale head d_head"], Float[Tensor, "layer scale"]]:
+        """d readout / d z at `position`, where the readout is of the logits there and the z of all heads of the one
+        layer are multiplied by the scale; and the readouts.
+
+        Raises CotfaithError where the backend gives no gradients, as do `site_gradients`.
+        """
+        ...
+
+    def site_gradients(
+        self, sites: Sequence[Site], readout: Readout, *, n_logits: int, dropped: Sequence[int | None] = (None,)
+    ) -> Iterator[Mapping[Site, Float[Tensor, "pos head d_head"]]]:
+        """d readout / d z, q, k or v of the whole run, once for each of `dropped`: the layer through whose attention
+        and MLP no gradient goes (None: it goes through all)."""
+        ...
+
     def branches(
         self, branches: Sequence[Branch], *, reduce: Callable[[Tensor, int], Tensor], then: Then | None = None
     ) -> list[Tensor]:
@@ -252,6 +284,22 @@ class PlainRun:
     def spliced(self, donor: CachedRun, first: int, end: int) -> CachedRun:
         backend = self.model.info.backend
         raise CotfaithError(f"{backend} keeps no keys and values to splice; use the huggingface backend.")
+
+    def heads_within(
+        self, layer: int, cells: Sequence[Sequence[ActivationEdit]]
+    ) -> Float[Tensor, "cell pos head d_head"]:
+        site = Site("z", layer)
+        return torch.cat([self.model.run(self._row, read=[site], edits=cell).activations[site] for cell in cells])
+
+    def head_gradients(
+        self, position: int, scales: Sequence[float], readout: Readout
+    ) -> tuple[Float[Tensor, "layer scale head d_head"], Float[Tensor, "layer scale"]]:
+        raise CotfaithError(f"{self.model.info.backend} gives no gradients here; use the huggingface backend.")
+
+    def site_gradients(
+        self, sites: Sequence[Site], readout: Readout, *, n_logits: int, dropped: Sequence[int | None] = (None,)
+    ) -> Iterator[Mapping[Site, Float[Tensor, "pos head d_head"]]]:
+        raise CotfaithError(f"{self.model.info.backend} gives no gradients here; use the huggingface backend.")
 
     def edited(
         self, cells: Sequence[Sequence[ActivationEdit]], *, n_logits: int, reduce: Reduce

@@ -52,9 +52,10 @@ class Site:
 class ActivationEdit:
     """One intervention as a value: at `site`, for token `positions` (absolute), do `op`.
 
-    replace, add: `value` is a tensor `[len(positions), *width]`. zero takes no value. At the site `pattern`, where an
-    edit is of the edges from query `positions` to key positions `keys`, knockout cuts them before the softmax, so that
-    the rest renormalises (a query's own key is never cut), and zero makes their weights 0 after it.
+    replace, add: `value` is a tensor `[len(positions), *width]`. zero takes no value. At the site `pattern`, where
+    `positions` are queries, replace puts weights `[query, head, key]` (`[query, key]` for one head), over the keys from
+    0 on, in place of theirs after the softmax; knockout cuts the edges to key positions `keys` before it, so that the
+    rest renormalises (a query's own key is never cut), and zero makes their weights 0 after it.
     """
 
     site: Site
@@ -65,8 +66,11 @@ class ActivationEdit:
 
     def __post_init__(self) -> None:
         on_edges = self.site.kind == "pattern"
-        if (self.op == "knockout" and not on_edges) or (on_edges and self.op not in ("knockout", "zero")):
-            raise CotfaithError(f"op={self.op!r} does not fit site {self.site}: pattern takes knockout or zero.")
+        if (self.op == "knockout" and not on_edges) or (on_edges and self.op == "add"):
+            raise CotfaithError(
+                f"op={self.op!r} does not fit site {self.site}: pattern takes knockout, zero or replace, and it alone "
+                "takes knockout."
+            )
         if (self.value is None) != (self.op in ("zero", "knockout")):
             raise CotfaithError(f"op={self.op!r} at {self.site}: replace and add need a value, the others take none.")
         if self.value is not None and len(self.value) != len(self.positions):

@@ -130,6 +130,77 @@ def test_zeroed_edges_agree_with_transformer_lens(architecture: str, backend: st
     assert ((expected[::2] - base).abs().amax(1) > 1e-3).all()
 
 
+def weighted_cells(m: Any) -> list[list[ActivationEdit]]:
+    """Attention weights of another text, for all heads or one, in one layer or two, beside other edits."""
+    pattern = {
+        layer: m.run(tokens(9), read=[Site("pattern", layer)]).activations[Site("pattern", layer)][0]
+        for layer in (1, 2)
+    }
+
+    def weights(layer: int, queries: tuple[int, ...], head: int | None = None) -> ActivationEdit:
+        rows = pattern[layer][:, list(queries)].transpose(0, 1)
+        return ActivationEdit(Site("pattern", layer, head), queries, "replace", rows if head is None else rows[:, head])
+
+    early, late, last = (4, 9), (N_TOKENS - 1, N_TOKENS - 2), m.info.n_heads - 1
+    shorter = ActivationEdit(Site("pattern", 1), (12,), "replace", torch.rand(1, m.info.n_heads, 7))
+    return [
+        [weights(1, early)],
+        [weights(2, late)],
+        [weights(1, early, last), weights(1, early, 0)],
+        [weights(1, early), weights(2, (*early, *late)), ActivationEdit(Site("v", 1), (3,), "zero")],
+        [weights(2, late, 1), ActivationEdit(Site("z", 2, 1), (N_TOKENS - 1,), "zero")],
+        [weights(2, late), ActivationEdit(Site("pattern", 2), early, "zero", None, (2, 3))],
+        [shorter],
+    ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("backend", ["corner", "plain"])
+def test_replaced_attention_weights_agree_with_transformer_lens(architecture: str, backend: str) -> None:
+    """TransformerLens writes the weights where it shows them; here z is made of them. Other cells share the batch."""
+    ours, theirs, x = model(architecture), model(architecture, "transformer_lens"), tokens(2)[0].tolist()
+    weighted = weighted_cells(ours)
+    mixed = [cell for pair in zip(weighted, random_cells(ours)[-7:], zeroed_cells(6)[:7], strict=True) for cell in pair]
+    read = {"n_logits": 3, "reduce": last_logits}
+    expected = PlainRun(theirs, x).edited(mixed, **read)
+    run = ours.cached_run(x) if backend == "corner" else PlainRun(ours, x)
+    torch.testing.assert_close(run.edited(mixed, **read), expected, atol=1e-4, rtol=0)
+    base = last_logits(ours.run(torch.tensor([x]), n_logits=3).logits)
+    assert ((expected[::3] - base).abs().amax(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_own_attention_weights_change_nothing(architecture: str) -> None:
+    """To rounding: the weights are those of eager attention, and z is summed anew."""
+    m, x = model(architecture), tokens(3)
+    site, queries = Site("pattern", 2), tuple(range(4, N_TOKENS))
+    own = m.run(x, read=[site]).activations[site][0, :, list(queries)].transpose(0, 1)
+    edit = ActivationEdit(site, queries, "replace", own)
+    base = m.run(x, n_logits=N_TOKENS).logits
+    torch.testing.assert_close(m.run(x, edits=[edit], n_logits=N_TOKENS).logits, base, atol=1e-4, rtol=0)
+
+
+def test_attention_weights_that_do_not_fit_are_refused() -> None:
+    m, x = model("llama-gqa"), tokens(2)[0].tolist()
+    for site, shape, told in (
+        (Site("pattern", 1), (1, 5, 9), "weights have shape"),
+        (Site("pattern", 1, 2), (1, 6, 9), "weights have shape"),
+        (Site("pattern", 1), (1, 6, N_TOKENS + 1), f"at most {N_TOKENS} keys"),
+    ):
+        with pytest.raises(CotfaithError, match=told):
+            m.cached_run(x).edited(
+                [[ActivationEdit(site, (9,), "replace", torch.rand(shape))]], n_logits=1, reduce=last_logits
+            )
+    edits = [
+        ActivationEdit(Site("pattern", 1), (9,), "replace", torch.rand(1, 6, 9)),
+        ActivationEdit(Site("pattern", 1), (9, 10), "zero", None, (3,)),
+    ]
+    with pytest.raises(CotfaithError, match="in one edit"):
+        m.run(tokens(2), edits=edits)
+    with pytest.raises(CotfaithError, match="pattern takes knockout, zero or replace"):
+        ActivationEdit(Site("pattern", 1), (9,), "add", torch.rand(1, 6, 9))
+
+
 def test_zeroed_edges_do_not_renormalise_and_leave_other_reads_alone() -> None:
     """Two rows of a plain pass: z loses weight times value of the cut keys, at the queries and the head named."""
     m, x = model("llama-gqa"), tokens(4, rows=2)

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import CotfaithError
-from ..model import Branch, CachedRun, Ids, ModelInfo, Reduce, Then
+from ..model import Branch, CachedRun, Ids, ModelInfo, Readout, Reduce, Then
 from ..sites import ActivationEdit, Site
 from .forest import Batch, packed
+from .gradients import head_gradients, site_gradients
 from .hooks import RowEdit, hooked
-from .shadows import Shadow, is_zeroed, shadowed, shadowed_edits
+from .shadows import Shadow, is_replaced, is_zeroed, shadowed, shadowed_edits
 
 if TYPE_CHECKING:
     from .huggingface import HuggingFaceModel
@@ -47,7 +48,7 @@ class _FrozenPrefix(DynamicLayer):
     """Base K/V of one layer before `start`, expanded to however many rows the pass holds.
 
     With `keeps`, what the rows add of their own stays, so that they can go on. Rows in `zeroed` see the values of some
-    keys as zero (shadows.py).
+    keys as zero, and a tensor in `values_seen` asks for the values of all keys (shadows.py).
     """
 
     def __init__(self, keys: Tensor, values: Tensor, start: int, keeps: bool = False) -> None:
@@ -55,6 +56,7 @@ class _FrozenPrefix(DynamicLayer):
         self.keys, self.values, self.start, self.keeps = keys[:, :, :start], values[:, :, :start], start, keeps
         self.own: tuple[Tensor, Tensor] | None = None
         self.zeroed: list[tuple[slice, list[int]]] = []
+        self.values_seen: Tensor | None = None
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -67,6 +69,8 @@ class _FrozenPrefix(DynamicLayer):
         keys, values = self._joined(self.keys, key_states), self._joined(self.values, value_states)
         for rows, cut in self.zeroed:
             values[rows, :, cut] = 0
+        if self.values_seen is not None:
+            self.values_seen = values
         return keys, values
 
     def _joined(self, prefix: Tensor | None, new: Tensor) -> Tensor:
@@ -214,6 +218,34 @@ class CornerRun:
         return {site: store[site][0] for site in sites}
 
     @torch.no_grad()
+    def heads_within(self, layer: int, cells: Sequence[Cell]) -> Float[Tensor, "cell pos head d_head"]:
+        """See `CachedRun.heads_within`: the layers above are passed through too."""
+        for cell in cells:
+            self._check(cell)
+        site, rows = Site("z", layer), max(1, self.max_tokens // len(self.tokens))
+        found = []
+        for first in range(0, len(cells), rows):
+            part = cells[first : first + rows]
+            edits = [RowEdit(edit, slice(i, i + 1), 0) for i, cell in enumerate(part) for edit in cell]
+            with (
+                self._joining({layer: len(part)}, 0, top=layer + 1),
+                hooked(self.model.layout, d_head=self.model.info.d_head, edits=edits, read=[site]) as store,
+            ):
+                self._forward(self._row, 0, 1)
+            found.append(store[site].float().cpu())
+        return torch.cat(found)
+
+    def head_gradients(self, position: int, scales: Sequence[float], readout: Readout) -> tuple[Tensor, Tensor]:
+        """See `CachedRun.head_gradients` and gradients.py."""
+        return head_gradients(self, position, scales, readout)
+
+    def site_gradients(
+        self, sites: Sequence[Site], readout: Readout, *, n_logits: int, dropped: Sequence[int | None] = (None,)
+    ) -> Iterator[Mapping[Site, Tensor]]:
+        """See `CachedRun.site_gradients` and gradients.py."""
+        return site_gradients(self, sites, readout, n_logits, dropped)
+
+    @torch.no_grad()
     def edited(self, cells: Sequence[Cell], *, n_logits: int, reduce: Reduce) -> Float[Tensor, "cell metric"]:
         """Each cell's logits at the last `n_logits` positions, reduced; rows in the order of `cells`."""
         for cell in cells:
@@ -282,6 +314,7 @@ class CornerRun:
             shadowed(
                 self.model.layout,
                 shadows,
+                [row_edit for row_edit in edits if is_replaced(row_edit.edit)],
                 d_head=d_head,
                 offset=start,
                 cache=cache,
@@ -312,8 +345,11 @@ class CornerRun:
         return Cache(layers=[_FrozenPrefix(keys, values, start, keeps) for keys, values in self._keys_values])
 
     @contextmanager
-    def _joining(self, joins: Mapping[int, int], start: int) -> Iterator[None]:
-        """Rows join at their layers (n_layers: after the last); layers below the first are passed through.
+    def _joining(
+        self, joins: Mapping[int, int], start: int, stop: int | None = None, top: int | None = None
+    ) -> Iterator[None]:
+        """Rows of positions `start` to `stop` (None: all) join at their layers (n_layers: after the last); layers below
+        the first, and from `top` on, are passed through.
 
         Undone on any exit.
         """
@@ -323,10 +359,11 @@ class CornerRun:
         handles = []
         try:
             for layer, count in joins.items():
-                rows = self._residual[layer, start:].expand(count, -1, -1)
+                rows = self._residual[layer, start:stop].expand(count, -1, -1)
                 hook = _joiner(rows.clone(), alone=layer == first)
                 handles.append(modules[layer].register_forward_pre_hook(hook, with_kwargs=True))
-            decoder.layers = nn.ModuleList([_PassThrough() for _ in range(first)] + list(original[first:]))
+            executed = range(first, len(original) if top is None else top)
+            decoder.layers = nn.ModuleList(m if i in executed else _PassThrough() for i, m in enumerate(original))
             yield
         finally:
             decoder.layers = original

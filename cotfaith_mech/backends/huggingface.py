@@ -13,7 +13,7 @@ from ..model import CachedRun, Run
 from ..sites import ActivationEdit, Site
 from .corner import CornerRun, uncached
 from .hooks import RowEdit, hooked
-from .shadows import Shadow, shadowed, shadowed_edits
+from .shadows import Shadow, is_replaced, shadowed, shadowed_edits
 from .text import TextSide
 from .weights import Weights
 
@@ -39,12 +39,14 @@ class HuggingFaceModel(TextSide):
         shadows = [Shadow(group, slice(n), slice(i * n, (i + 1) * n)) for i, group in enumerate(groups, 1)]
         row_edits = [RowEdit(edit, slice(n), 0) for edit in edits]
         wants_pattern = any(site.kind == "pattern" for site in read)
-        cache = uncached(self.info) if shadows else None
+        replaced = [row_edit for row_edit in row_edits if is_replaced(row_edit.edit)]
+        cache = uncached(self.info) if shadows or replaced else None
         with (
             self.attention("eager" if wants_pattern else None),
             shadowed(
                 self.layout,
                 shadows,
+                replaced,
                 d_head=d_head,
                 offset=0,
                 cache=cache,

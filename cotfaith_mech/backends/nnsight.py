@@ -47,7 +47,7 @@ class NnsightModel(TextSide):
     ) -> Run:
         """See `Model.run`. Reading a pattern needs eager attention, which the clone uses for that pass."""
         for edit in edits:
-            if edit.site.kind == "pattern" and edit.op == "zero":
+            if edit.site.kind == "pattern" and edit.op != "knockout":
                 raise CotfaithError(f"{edit}: nnsight sees no weights between softmax and values; use huggingface.")
         for site in (*read, *(edit.site for edit in edits)):
             if not 0 <= site.layer < self.info.n_layers:

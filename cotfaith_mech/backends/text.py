@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -131,6 +132,13 @@ class TextSide:
             none = torch.zeros_like(direction)
             biases.append(towards @ (none if projection.bias is None else projection.bias.float()))
         return DirectPath(torch.stack(into_z), torch.stack(biases), direction)
+
+    @torch.no_grad()
+    def written_norm(self, layer: int, v: Float[Tensor, "*key head d_head"]) -> Float[Tensor, "*key head"]:
+        """See `Model.written_norm`; by the Gram matrix of each head's columns of the output projection."""
+        weight = self.layout.layers[layer].attention.o_proj.weight.float().unflatten(1, v.shape[-2:])
+        gram = einsum(weight, weight, "d_model head a, d_model head b -> head a b")
+        return einsum(v, gram, v, "... head a, head a b, ... head b -> ... head").clamp_min(0).sqrt()
 
     @torch.no_grad()
     def lens(self, resid: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any vocab"]:

@@ -96,6 +96,8 @@ def _reader(store: dict[Site, Tensor], site: Site) -> Callable[..., None]:
 def _edit_hook(edit: ActivationEdit, fired: set[str]) -> tuple[str, Callable[..., Tensor]]:
     if edit.site.kind == "pattern" and edit.op == "zero":
         return _name(edit.site), _zeroer(edit, fired)
+    if edit.site.kind == "pattern" and edit.op == "replace":
+        return _name(edit.site), _weigher(edit, fired)
     if edit.op == "knockout":
         return f"blocks.{edit.site.layer}.attn.hook_attn_scores", _cutter(edit, fired)
     return _name(edit.site), _editor(edit, fired)
@@ -139,6 +141,20 @@ def _zeroer(edit: ActivationEdit, fired: set[str]) -> Callable[..., Tensor]:
         heads = slice(None) if edit.site.head is None else edit.site.head
         for query in edit.positions:
             pattern[:, heads, query, list(edit.keys)] = 0
+        fired.add(str(edit))
+        return pattern
+
+    return hook
+
+
+def _weigher(edit: ActivationEdit, fired: set[str]) -> Callable[..., Tensor]:
+    heads = slice(None) if edit.site.head is None else slice(edit.site.head, edit.site.head + 1)
+
+    def hook(pattern: Tensor, hook: Any) -> Tensor:
+        pattern = pattern.clone()
+        for query, weights in zip(edit.positions, edit.value.to(pattern), strict=True):
+            pattern[:, heads, query] = 0
+            pattern[:, heads, query, : weights.shape[-1]] = weights
         fired.add(str(edit))
         return pattern
 
