@@ -33,21 +33,13 @@ from torch import Tensor
 from .contrast import AnswerContrast
 from .errors import CotfaithError
 from .measured import Measured
+from .metrics import ATTRIBUTION_KINDS
 from .problems import Problem
 from .reading import Trunk
 from .sites import Site, SiteKind
 
 INTEGRATION_POINTS = 8
 """Points of integrated gradients, by the Gauss-Legendre rule."""
-METRICS = {
-    "weight": "weight",
-    "value_norm": "norm",
-    "direct": "contribution",
-    "gradient": "contribution",
-    "integrated": "contribution",
-}
-"""The kinds of attribution (variants of its records), and the metric of each."""
-
 Kinds = dict[str, Float[Tensor, "layer head key"]]
 
 
@@ -79,7 +71,7 @@ def measure_attribution(trunk: Trunk, problem: Problem, reader: str, *, full: bo
             for layer, row in enumerate(values[..., start:end].sum(-1).tolist()):
                 for head, value in enumerate(row):
                     where = {"step": step, "layer": layer, "head": head}
-                    measured.add("attribution", variant, {METRICS[variant]: value}, n_tokens, **where)
+                    measured.add("attribution", variant, {ATTRIBUTION_KINDS[variant]: value}, n_tokens, **where)
     for layer, error in enumerate(maps.integrated_errors):
         measured.add("attribution", "integrated", {"completeness_error": error}, n_tokens, layer=layer)
     steps = sum(float(maps.kinds["direct"][..., a:b].sum()) for a, b in trunk.spans.steps)

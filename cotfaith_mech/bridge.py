@@ -24,7 +24,7 @@ import scipy.stats
 from jaxtyping import Bool, Float, Int
 from numpy.random import Generator
 
-from .outcomes import Chains, Table, mid_layer
+from .outcomes import Chains, Table, mid_layer, patched_steps
 from .records import WITHOUT_ANSWER_STEPS
 from .stats import Estimate, cluster_estimate, mean_estimate, within_chain_p
 
@@ -118,15 +118,12 @@ def _per_step(rows: Table, column: str) -> Table:
 
 
 def _patch_effects(records: Table, layer: int | None) -> Table:
-    """|p(a*) after the noising patch - p(a*) of the base run| at one layer."""
-    edited = _select(records, "patching", "p_answer", "noise")
-    edited = edited[edited["layer"].notna() & edited["step"].notna()]
-    if edited.empty:
-        return _per_step(edited, "patch")
-    edited = edited[edited["layer"] == (mid_layer(edited["layer"]) if layer is None else layer)]
-    base = _select(records, "patching", "p_answer_base", "noise").groupby(KEYS[:3])["value"].mean()
-    steps = _per_step(edited, "patch").join(base.rename("base"), on=KEYS[:3])
-    return steps.assign(patch=(steps["patch"] - steps["base"]).abs()).drop(columns="base")
+    """|p(a*) after the noising patch - p(a*) of the base run| at one layer, by the twin or, without one, by filler."""
+    edited = patched_steps(records, "p_answer")
+    edited = edited[edited["variant"] == ("noise" if (edited["variant"] == "noise").any() else "noise/filler")]
+    if not edited.empty:
+        edited = edited[edited["layer"] == (mid_layer(edited["layer"]) if layer is None else layer)]
+    return _per_step(edited.assign(value=(edited["value"] - edited["base"]).abs()), "patch")
 
 
 def _direct_contributions(records: Table) -> Table:

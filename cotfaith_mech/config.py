@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import CotfaithError
-from .patching import Direction
+from .patching import Direction, PatchPlan, Source
+from .sites import SiteKind
 from .variants import Battery, BehaviourPlan, Test
 
 PRIMARY = (
@@ -82,6 +83,11 @@ class StudyConfig(_Strict):
     min_label_mass: float = Field(0.5, ge=0, le=1)
     patch_layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     patch_directions: tuple[Direction, ...] = ("noise", "denoise")
+    patch_sites: Annotated[tuple[SiteKind, ...], Field(min_length=1)] = ("resid_pre",)
+    patch_parts: Annotated[tuple[str, ...], Field(min_length=1)] = ("step",)
+    patch_sources: Annotated[tuple[Source, ...], Field(min_length=1)] | None = None
+    patch_by_head: bool = False
+    patch_window: int = Field(1, ge=1)
     attribution: bool = True
     cross_model: bool = False
     crosscheck_cells: int = Field(4, ge=0)
@@ -89,6 +95,26 @@ class StudyConfig(_Strict):
     seed: int = 0
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def patches(self) -> PatchPlan:
+        return PatchPlan(
+            self.patch_layers,
+            self.patch_directions,
+            self.patch_sites,
+            self.patch_parts,
+            self.patch_sources,
+            self.patch_by_head,
+            self.patch_window,
+        )
+
+    @model_validator(mode="after")
+    def _patches_exist(self) -> StudyConfig:
+        try:
+            _ = self.patches
+        except CotfaithError as error:
+            raise ValueError(str(error)) from error
+        return self
 
     @model_validator(mode="after")
     def _readers_differ(self) -> StudyConfig:

@@ -88,7 +88,9 @@ def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) ->
             yield f"patching_{variant}", patching_figure(of_variant, readers)
     for chain in _chains_to_draw(records, chains, apart):
         cells = views.patches(records)
-        cells = cells[(cells["chain_id"] == chain["chain_id"]) & (cells["variant"] == cells["variant"].min())]
+        cells = cells[
+            (cells["chain_id"] == chain["chain_id"]) & (cells["variant"] == views.main_patch(cells["variant"]))
+        ]
         yield f"patching_chain_{chain['problem_id']}", chain_figure(cells, chain, readers)
     matrices = {chain["chain_id"]: views.knockout_matrix(records, chain) for chain in chains}
     whole = [chain for chain in chains if (matrices[chain["chain_id"]]["row"] < len(chain["steps"])).any()]

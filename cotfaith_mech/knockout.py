@@ -7,13 +7,15 @@ Rows are the cue and the forced answer. Edges cut, in all layers and heads unles
   head of one layer;  windows: rows -> step j in some neighbouring layers.
 Masked edges are cut before the softmax, so the rest renormalises, and a query's own key is never cut; zeroed ones after
 it. Edges that lie outside a sliding window in every layer do not exist: their effect is NaN, not 0.
-Control: as many random prompt positions cut from the rows. A joint effect larger than the sum of its parts is backup.
+Control: as many random prompt positions cut from the rows; of single heads, as many as the median step has tokens.
+A joint effect larger than the sum of its parts is backup.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -62,15 +64,12 @@ def cut_edits(
 
 
 def measure_knockout(
-    trunk: Trunk, reader: str, plan: KnockoutPlan, *, foil: str | None = None, seed: int = 0
+    trunk: Trunk, reader: str, plan: KnockoutPlan, *, contrast: AnswerContrast | None = None, seed: int = 0
 ) -> Measured:
     """Records of `knockout`: what a* loses when edges are cut, in log-probability (nats) and probability, and where a
-    `foil` (`' 22'`) is given in the logit difference to it.
-
-    Raises CotfaithError where a* and the foil cannot be contrasted.
-    """
-    measured = Measured(trunk.chain, reader)
-    contrast = AnswerContrast.alone(trunk) if foil is None else AnswerContrast.of(trunk, foil)
+    `contrast` with a foil is given in the logit difference to it."""
+    measured, foil = Measured(trunk.chain, reader), contrast
+    contrast = contrast or AnswerContrast.alone(trunk)
     for kind in plan.kinds:
         cuts = list(_cuts(trunk, plan, contrast, seed))
         cells = [cut_edits(cut.layers, cut.queries, cut.keys, kind, cut.head) for cut in cuts]
@@ -123,6 +122,12 @@ def _cuts(trunk: Trunk, plan: KnockoutPlan, contrast: AnswerContrast, seed: int)
         for layer in everywhere if "heads" in plan.edges else ():
             for head in range(trunk.model.info.n_heads):
                 yield _Cut("_head", (at,), keys, (layer,), head, {"step": j, "layer": layer, "head": head})
+    if "heads" in plan.edges and steps:
+        n_keys = min(int(np.median([len(keys) for keys in steps])), len(prompt))
+        for layer, head in product(everywhere, range(trunk.model.info.n_heads)):
+            rng = np.random.default_rng([seed, 13, layer, head])
+            drawn = sorted(rng.choice(prompt, n_keys, replace=False).tolist())
+            yield _Cut("_head_random", (at,), drawn, (layer,), head, {"layer": layer, "head": head})
 
 
 def _exists(windows: Sequence[int | None], cut: _Cut) -> bool:

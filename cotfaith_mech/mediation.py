@@ -9,18 +9,32 @@ Two mediators, always named. `text`: the chain's words, read under the question 
 frozen as they were computed under the question they belong to. Their difference is the path question -> chain
 activations -> answer. With supplied chains this is a controlled contrast; a natural effect averages over chains that
 the reader itself writes under q'.
+
+CoT mediation index (2602.03994, read second-hand: patches of the chain's hidden states against matched controls), in
+each window of layers, ours: d_chain = probability a* loses when the residual stream at as many random chain tokens as
+the smaller of chain and prompt holds is that of another problem's chain (its mean); d_control the same at as many
+random prompt tokens, from that problem's prompt. Losses count from 0.
+  CMI = max(0, d_chain - d_control) / max(d_chain + d_control, eps)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from .chains import Chain, token_spans
+from .contrast import AnswerContrast
 from .errors import CotfaithError
+from .knockout import SINK_TOKENS
 from .measured import Measured
 from .problems import Problem
 from .reading import Trunk
+from .sites import ActivationEdit, Site
+
+CMI_EPS = 1e-3
+"""Least probability that both patches together must take for an index."""
 
 
 def measure_mediation(trunk: Trunk, problem: Problem, reader: str) -> Measured:
@@ -53,6 +67,55 @@ def measure_mediation(trunk: Trunk, problem: Problem, reader: str) -> Measured:
     for mediator, probabilities in y.items():
         values = {f"y_{world}": p for world, p in probabilities.items()} | effects(probabilities)
         measured.add("mediation", mediator, values, len(trunk.run.tokens))
+    return measured
+
+
+def measure_cmi(
+    trunk: Trunk, donors: Sequence[Chain], reader: str, *, window: int = 5, draws: int = 3, seed: int = 0
+) -> Measured:
+    """Records of `mediation`, variant `cmi`: d_chain, d_control (probability) and the index, by the window's first
+    layer; NaN where neither patch takes anything. The first of `donors`, chains of other problems, is the source."""
+    measured = Measured(trunk.chain, reader)
+    if not donors:
+        measured.exclusions.append("mediation index: there is no other problem's chain to take states from")
+        return measured
+    donor = donors[0]
+    contrast, n_layers = AnswerContrast.alone(trunk), trunk.model.info.n_layers
+    encoding = trunk.model.encode(donor.text)
+    theirs, own = token_spans(donor, encoding), trunk.spans
+    states = trunk.run.sibling(encoding.ids).read([Site("resid_pre", layer) for layer in range(n_layers)])
+    spans = {"chain": (own.prompt[1], own.cue[0]), "control": (own.prompt[0] + SINK_TOKENS, own.prompt[1])}
+    given = {"chain": (theirs.prompt[1], theirs.cue[0]), "control": (theirs.prompt[0] + SINK_TOKENS, theirs.prompt[1])}
+    n = min(end - first for first, end in (*spans.values(), *given.values()))
+    if n < 1:
+        measured.exclusions.append("mediation index: the prompt has no tokens to match the chain's")
+        return measured
+    cells, names = [], []
+    for layer in range(0, n_layers, window):
+        for name, span in spans.items():
+            for draw in range(draws):
+                rng = np.random.default_rng([seed, 11, draw])
+                positions = tuple(sorted(rng.choice(range(*span), min(n, span[1] - span[0]), replace=False).tolist()))
+                cells.append(
+                    [
+                        ActivationEdit(
+                            site, positions, "replace", states[site][slice(*given[name])].mean(0).expand(n, -1)
+                        )
+                        for site in (Site("resid_pre", at) for at in range(layer, min(layer + window, n_layers)))
+                    ]
+                )
+                names.append((layer, name))
+    base = float(contrast.reduce(trunk.run.logits(contrast.n_logits)[None])[0, 1])
+    p = trunk.run.edited(cells, n_logits=contrast.n_logits, reduce=contrast.reduce)[:, 1].tolist()
+    for layer in range(0, n_layers, window):
+        lost = {
+            name: max(0.0, base - float(np.mean([q for q, at in zip(p, names, strict=True) if at == (layer, name)])))
+            for name in spans
+        }
+        both = lost["chain"] + lost["control"]
+        index = max(0.0, lost["chain"] - lost["control"]) / both if both > CMI_EPS else np.nan
+        values = {"d_chain": lost["chain"], "d_control": lost["control"], "cmi": index}
+        measured.add("mediation", "cmi", values, len(trunk.run.tokens), layer=layer)
     return measured
 
 

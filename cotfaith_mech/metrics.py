@@ -13,10 +13,18 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import t
+from scipy.stats import rankdata, t
 
 Verdict = Literal["load_bearing", "encoded_or_fragile", "decorative", "unstable", "undecided"]
 CELLS: tuple[Verdict, ...] = ("load_bearing", "encoded_or_fragile", "decorative", "unstable")
+ATTRIBUTION_KINDS = {
+    "weight": "weight",
+    "value_norm": "norm",
+    "direct": "contribution",
+    "gradient": "contribution",
+    "integrated": "contribution",
+}
+"""Kinds of attribution and the metric of each."""
 OFTEN = 0.5
 OFTEN_BESIDE = (0.25, 0.75)
 
@@ -93,6 +101,11 @@ def entropy_drop(entropy: Float[np.ndarray, " kept"]) -> Float[np.ndarray, " ste
 def pearson(a: Float[np.ndarray, " _"], b: Float[np.ndarray, " _"]) -> float:
     """Signed correlation; NaN where either does not vary."""
     return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else np.nan
+
+
+def spearman(a: Float[np.ndarray, " _"], b: Float[np.ndarray, " _"]) -> float:
+    """Rank correlation, ties averaged; NaN for fewer than three values, or where either does not vary."""
+    return pearson(rankdata(a), rankdata(b)) if len(a) > 2 else np.nan
 
 
 def top_overlap(a: Float[np.ndarray, " _"], b: Float[np.ndarray, " _"], k: int) -> float:

@@ -40,6 +40,7 @@ def outcomes(records: Table, chains: Chains) -> Table:
         *_from_knockouts(records, chains),
         *_from_attribution(records, chains),
         *_from_validation(records),
+        *_from_screen(records),
         *_from_mediation(records),
         *_from_cross_model(records),
         *_from_says_source(records, chains),
@@ -287,19 +288,24 @@ def _path_interaction(knockouts: Table) -> Table:
 
 
 def _from_validation(records: Table) -> list[Table]:
-    """How well direct contributions and attention weights foretell what zeroing the same head and step takes from the
-    logit difference: signed Pearson correlation over all heads and steps of a chain, and overlap of the ten largest."""
+    """How well each kind of attribution foretells what zeroing the same head and step takes from the logit difference:
+    signed Pearson correlation over all heads and steps of a chain, overlap of the ten largest, and rank correlation
+    among those whose zeroing takes more than 95 in 100 controls do (as many random prompt positions zeroed)."""
     where = ["step", "layer", "head"]
     cut = rows_of(records, "knockout", "delta_logit_diff", "zeroed_head")
+    control = rows_of(records, "knockout", "delta_logit_diff", "zeroed_head_random")
+    bounds = control.assign(value=control["value"].abs()).groupby(UNIT)["value"].quantile(0.95)
     parts = []
-    for variant, metric in (("direct", "contribution"), ("weight", "weight")):
+    for variant, metric in metrics.ATTRIBUTION_KINDS.items():
         rows = rows_of(records, "attribution", metric, variant)
         both = rows[[*UNIT, *where, "value"]].merge(cut[[*UNIT, *where, "value"]], on=[*UNIT, *where]).dropna()
         for unit, own in both.groupby(UNIT):
             foretold, lost = own["value_x"].to_numpy(float), own["value_y"].to_numpy(float)
+            above = np.abs(lost) > bounds.get(unit, np.inf)
             scores = {
                 "pearson": metrics.pearson(foretold, lost),
                 "top10_overlap": metrics.top_overlap(foretold, lost, 10),
+                "rank_above_control": metrics.spearman(foretold[above], lost[above]),
             }
             for score, value in scores.items():
                 name = f"attribution/{variant}/zeroed_{score}"
@@ -307,10 +313,35 @@ def _from_validation(records: Table) -> list[Table]:
     return parts
 
 
+def _from_screen(records: Table) -> list[Table]:
+    """What attribution patching was worth: over the random nodes computed exactly the correlation of estimate and exact
+    effect, over all of them the rank correlation of screen and size, and the largest random effect as a part of the
+    largest among the first by the screen (near 1: the screen missed one as large)."""
+    where, rows = [*UNIT, "variant", "layer", "head", "step"], records[records["measure"] == "attribution_patching"]
+    wide = rows.pivot_table(index=where, columns="metric", values="value").reset_index()
+    parts = []
+    for unit, own in wide.groupby(UNIT) if {"exact_top", "exact_random"} <= set(wide) else ():
+        random, top = own.dropna(subset=["exact_random"]), own.dropna(subset=["exact_top"])
+        exact = own["exact_top"].fillna(own["exact_random"])
+        known = exact.notna()
+        scores = {
+            "random_pearson": metrics.pearson(*(random[name].to_numpy(float) for name in ("estimate", "exact_random"))),
+            "screen_rank": metrics.spearman(
+                own.loc[known, "screen"].to_numpy(float), exact[known].abs().to_numpy(float)
+            ),
+            "largest_random_share": float(random["exact_random"].abs().max() / top["exact_top"].abs().max()),
+        }
+        for score, value in scores.items():
+            parts.append(
+                pd.DataFrame([[*unit, value, f"attribution_patching/{score}"]], columns=[*UNIT, "value", "name"])
+            )
+    return parts
+
+
 def _from_attribution(records: Table, chains: Chains) -> list[Table]:
     """The true step's part of what all steps together give, over layers and heads; of sizes, so it lies in [0, 1]."""
     parts = []
-    for variant, metric in (("direct", "contribution"), ("weight", "weight")):
+    for variant, metric in metrics.ATTRIBUTION_KINDS.items():
         rows = rows_of(records, "attribution", metric, variant)
         rows = rows[rows["layer"].notna() & rows["step"].notna()]
         steps = rows.groupby([*UNIT, "step"])["value"].sum().reset_index()
@@ -329,8 +360,28 @@ def mid_layer(layers: Table) -> int:
 
 
 def _patched(records: Table, metric: str) -> Table:
+    """Patches of whole steps, all heads together."""
     rows = rows_of(records, "patching", metric)
-    return rows[rows["step"].notna() & rows["layer"].notna()]
+    return rows[rows["step"].notna() & rows["layer"].notna() & rows["head"].isna() & rows["position"].isna()]
+
+
+def patched_steps(records: Table, metric: str = "logit_diff") -> Table:
+    """Patches of whole steps, all heads together, with what the base and the source run say unedited.
+
+    Columns reader, author, problem_id, chain_id, variant, site, layer, step, value, base, source; the last is NaN where
+    the source is another problem's chain.
+    """
+    keys = [*UNIT, "variant"]
+    rows = _patched(records, metric)
+    cells = rows.groupby([*keys, "site", "layer", "step"], as_index=False, dropna=False)["value"].mean()
+    for name in ("base", "source"):
+        rows = rows_of(records, "patching", f"{metric}_{name}")
+        joint = rows[rows["step"].isna()].groupby(keys)["value"].mean().rename(name).reset_index()
+        of_step = rows[rows["step"].notna()].groupby([*keys, "step"])["value"].mean().rename("own").reset_index()
+        cells = cells.merge(joint, on=keys, how="left").merge(of_step, on=[*keys, "step"], how="left")
+        cells[name] = cells["own"].fillna(cells[name]).astype(float)
+        cells = cells.drop(columns="own")
+    return cells
 
 
 def _from_says_source(records: Table, chains: Chains) -> list[Table]:
@@ -399,16 +450,11 @@ def recovered(records: Table, chains: Chains) -> Table:
     The name without a layer is the mid layer's. Columns reader, author, problem_id, chain_id, name, note, numerator,
     denominator.
     """
-    rows = _patched(records, "logit_diff")
-    rows = rows[_at_true_step(rows, chains)]
-    if rows.empty:
+    edited = patched_steps(records)
+    edited = edited[_at_true_step(edited, chains) & edited["source"].notna()]
+    if edited.empty:
         return pd.DataFrame(columns=[*UNIT, "name", "note", "numerator", "denominator"])
-    edited = rows.groupby([*UNIT, "variant", "layer"])["value"].mean().reset_index()
-    for metric in ("logit_diff_base", "logit_diff_source"):
-        reference = rows_of(records, "patching", metric).groupby([*UNIT, "variant"])["value"].mean()
-        edited = edited.merge(reference.rename(metric).reset_index(), on=[*UNIT, "variant"])
-    edited["numerator"] = edited["value"] - edited["logit_diff_base"]
-    edited["denominator"] = edited["logit_diff_source"] - edited["logit_diff_base"]
+    edited = edited.assign(numerator=edited["value"] - edited["base"], denominator=edited["source"] - edited["base"])
     stem = "patching/" + edited["variant"] + "/true_step/recovered"
     each = edited.assign(name=stem + "/layer" + edited["layer"].astype(str), note="")
     middle = mid_layer(edited["layer"])

@@ -63,6 +63,7 @@ MEASURES = (
     "cross_model",
     "knockout",
     "attribution",
+    "attribution_patching",
     "control",
 )
 

@@ -24,11 +24,12 @@ from .behaviour import measure_behaviour
 from .chains import Chain
 from .conclude import ALL, Progress, conclude, silent, why_empty
 from .config import ReaderConfig, StudyConfig
+from .contrast import AnswerContrast
 from .datasets_io import read_problems
 from .errors import CotfaithError, EndpointError
 from .knockout import ALL_EDGES, KnockoutPlan, measure_knockout
 from .measured import Measured
-from .mediation import measure_mediation
+from .mediation import measure_cmi, measure_mediation
 from .paraphrasers import Paraphrases, by_model, by_rules, supplied
 from .patching import PatchPlan, measure_patching
 from .problems import Problem
@@ -394,7 +395,7 @@ def _measure(
     measured = measure_behaviour(
         trunk, unit.problem, reader.name, plan, paraphrases=unit.paraphrases, donors=donors, seed=seed
     )
-    parts = _mechanism(config, reader, trunk, unit.problem, seed) if isinstance(trunk, Trunk) else {}
+    parts = _mechanism(config, reader, trunk, unit.problem, donors, seed) if isinstance(trunk, Trunk) else {}
     failed = []
     for name, measure in parts.items():
         try:
@@ -409,11 +410,12 @@ def _measure(
 
 
 def _mechanism(
-    config: StudyConfig, reader: ReaderConfig, trunk: Trunk, problem: Problem, seed: int
+    config: StudyConfig, reader: ReaderConfig, trunk: Trunk, problem: Problem, donors: Sequence[Chain], seed: int
 ) -> dict[str, Callable[[], Measured]]:
     """What is measured inside the reader, by name: the knockout always, with the full battery the decision trace, the
     rest where the reader's mechanism is asked for."""
     from .attribution import measure_attribution
+    from .attribution_patching import measure_attribution_patching
     from .trace import measure_trace
 
     full, name = config.battery == "full", reader.name
@@ -424,15 +426,19 @@ def _mechanism(
     if full:
         parts["decision trace"] = lambda: measure_trace(trunk, name)
     if reader.mechanism:
-        patches = PatchPlan(config.patch_layers, config.patch_directions)
-        parts["patching"] = lambda: measure_patching(trunk, problem, name, patches, seed=seed)
+        parts["patching"] = lambda: measure_patching(trunk, problem, name, config.patches, donors=donors, seed=seed)
     if reader.mechanism and config.attribution:
-        parts["attribution"] = lambda: measure_attribution(trunk, problem, name)
+        parts["attribution"] = lambda: measure_attribution(trunk, problem, name, full=full)
     if reader.mechanism and full:
+        heads = PatchPlan(config.patch_layers, ("denoise",), ("z",), by_head=True)
+        cut = KnockoutPlan(("heads",), ("zeroed",))
         parts["mediation"] = lambda: measure_mediation(trunk, problem, name)
-        if problem.twin_answer:
-            heads, foil = KnockoutPlan(("heads",), ("zeroed",)), f" {problem.twin_answer}"
-            parts["knockout of heads"] = lambda: measure_knockout(trunk, name, heads, foil=foil, seed=seed)
+        parts["mediation index"] = lambda: measure_cmi(trunk, donors, name, seed=seed)
+        parts["patching of heads"] = lambda: measure_patching(trunk, problem, name, heads, seed=seed)
+        parts["attribution patching"] = lambda: measure_attribution_patching(trunk, problem, name, seed=seed)
+        parts["knockout of heads"] = lambda: measure_knockout(
+            trunk, name, cut, contrast=AnswerContrast.named(trunk, problem.twin_answer), seed=seed
+        )
     return parts
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from .bridge import DISAGREEMENT
 from .compare import primary_name
 from .metrics import entropy_drop, infogain
-from .outcomes import MAIN_VARIANT, Table, mid_layer
+from .outcomes import MAIN_VARIANT, Table, mid_layer, patched_steps
 from .stats import Estimate
 
 CURVES = ("early_termination", "filler", "paraphrase")
@@ -149,15 +149,18 @@ def patches(records: Table) -> Table:
     effect = logit difference of the edited run minus that of the base run (logits); gap = source minus base, so
     that the sum of effects over the sum of gaps is the recovered share.
     """
-    keys = ["reader", "problem_id", "chain_id", "variant"]
-    cells = select(records, "patching", "logit_diff").dropna(subset=["step", "layer"])
-    cells = cells.groupby([*keys, "site", "layer", "step"], as_index=False)["value"].mean()
-    for metric in ("logit_diff_base", "logit_diff_source"):
-        reference = select(records, "patching", metric).groupby(keys)["value"].mean().rename(metric)
-        cells = cells.merge(reference, on=keys, how="left")
-    cells["effect"] = cells["value"] - cells["logit_diff_base"]
-    cells["gap"] = cells["logit_diff_source"] - cells["logit_diff_base"]
-    return cells.drop(columns=["value", "logit_diff_base", "logit_diff_source"])
+    cells = patched_steps(records)
+    cells = cells.assign(effect=cells["value"] - cells["base"], gap=cells["source"] - cells["base"])
+    return cells.drop(columns=["author", "value", "base", "source"])
+
+
+def patched_heads(records: Table, chain: dict[str, Any], variant: str) -> Table:
+    """Effect of each head's patch at each step of a chain, logits: `reader site layer head step effect`."""
+    own = records[(records["chain_id"] == chain["chain_id"]) & (records["variant"] == variant)]
+    cells = select(own, "patching", "logit_diff").dropna(subset=["step", "head"])
+    base = select(own, "patching", "logit_diff_base").groupby("reader")["value"].mean()
+    cells = cells[cells["position"].isna()].assign(effect=lambda rows: rows["value"] - rows["reader"].map(base))
+    return cells[["reader", "site", "layer", "head", "step", "effect"]]
 
 
 def aligned_patches(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
@@ -267,9 +270,14 @@ def step_effects(records: Table) -> Table:
 def _middle_patch(cells: Table, keys: list[str]) -> Table:
     if cells.empty:
         return pd.Series(dtype=float)
-    variant = "denoise" if (cells["variant"] == "denoise").any() else cells["variant"].iloc[0]
+    variant = main_patch(cells["variant"])
     cells = cells[(cells["variant"] == variant) & (cells["layer"] == mid_layer(cells["layer"].tolist()))]
     return cells.groupby(keys)["effect"].mean()
+
+
+def main_patch(variants: Any) -> str:
+    """The variant that stands for patching where one is shown: denoising before noising, the plainest of each."""
+    return min(variants, key=lambda variant: (variant.count("/"), variant))
 
 
 def _gains(curves: Table, keys: list[str], score: Callable[[Any], Any]) -> Table:

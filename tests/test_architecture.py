@@ -20,7 +20,7 @@ ORDER = [
     "variants endpoint",
     "behaviour contrast trace",
     "patching knockout mediation crossmodel",
-    "config attribution crosscheck outcomes bench doctor",
+    "config attribution attribution_patching crosscheck outcomes bench doctor",
     "compare bridge",
     "views figures",
     "report",

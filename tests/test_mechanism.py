@@ -312,10 +312,10 @@ def test_zeroed_heads_and_windows_are_where_they_say() -> None:
     other = PlainRun(same_weights(t.model, "transformer_lens"), t.run.tokens)
     contrast = AnswerContrast.of(t, f" {problem().twin_answer}")
     plan = KnockoutPlan(("heads", "windows"), ("zeroed",), window=3)
-    records = measure_knockout(t, "A", plan, foil=f" {problem().twin_answer}").records
+    records = measure_knockout(t, "A", plan, contrast=AnswerContrast.of(t, f" {problem().twin_answer}")).records
     got = {(r.variant, r.step, r.layer, r.head): r.value for r in records if r.metric == "delta_logit_diff"}
     n_layers, n_heads = t.model.info.n_layers, t.model.info.n_heads
-    assert len(got) == 4 * (n_layers * n_heads + n_layers)
+    assert len(got) == 4 * (n_layers * n_heads + n_layers) + n_layers * n_heads
     read = {"n_logits": contrast.n_logits, "reduce": contrast.reduce}
     at, rows = t.spans.answer[0] + contrast.index - 1, range(t.spans.cue[0], t.spans.answer[1])
     cases = {("zeroed_head", 1, 2, 5): cut_edits((2,), (at,), range(*t.spans.steps[1]), "zeroed", 5)}
