@@ -6,66 +6,45 @@
 5. bridge: behaviour against mechanism, one point a step. 6. knockout: by role of the step.
 7. attribution: head x layer map of the direct logit contribution of the true step.
 8. decision_trace: layer x kept part of the chain, probability of the answer by the logit lens.
-A picture is drawn only where its records exist. Colours are Okabe and Ito's and ColorBrewer's RdBu, both safe for
-colour-blind readers; blue is positive and white is 0 in every map. Text of models and data is never read as mathtext.
+9. patching_heads_*, patching_tokens_*, knockout_matrix_*: maps of one chain (chain_figures.py).
+A picture is drawn only where its records exist.
 """
 
 from __future__ import annotations
 
-import functools
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 
 from . import views
+from .chain_figures import chain_figure, heads_figure, matrix_figure, tokens_figure
+from .figure_style import (
+    PAPER_WIDTH,
+    STYLE,
+    colour_of,
+    draw_map,
+    draw_scale,
+    drawable,
+    label_ticks,
+    limit_of,
+    marker_of,
+)
 from .outcomes import Table
 from .records import RunDirectory
 
-READER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-READER_MARKERS = ("o", "s", "^", "D", "v", "P")
 CONFLICT_COLOURS = {"p_chain": "#5A8FC7", "p_question": "#EBBE4D", "p_other": "#B5B5B5"}
 CONFLICT_LABELS = {"p_chain": "the chain's answer", "p_question": "the question's answer", "p_other": "another answer"}
 CURVE_LABELS = {"early_termination": "Early termination", "filler": "Filler", "paraphrase": "Paraphrase"}
 CURVE_Y = "answers unchanged (share)"
 ROLE_COLOURS = {"true step": "#333333", "all steps": "#333333", "other steps": "#8C8C8C", "random": "#D9D9D9"}
-PAPER_WIDTH = 7.0  # inches: two columns
 MAX_CHAIN_MAPS = 3
-STYLE: Any = {
-    "figure.dpi": 200,
-    "savefig.dpi": 200,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.07,
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.edgecolor": "#555555",
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4,
-    "pdf.fonttype": 42,
-    "text.parse_math": False,
-}
 
 
 def draw_figures(run: RunDirectory) -> list[Path]:
@@ -92,6 +71,10 @@ def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) ->
             (cells["chain_id"] == chain["chain_id"]) & (cells["variant"] == views.main_patch(cells["variant"]))
         ]
         yield f"patching_chain_{chain['problem_id']}", chain_figure(cells, chain, readers)
+    for chain in _chains_to_draw(records, chains, apart):
+        for name, draw, cells in views.chain_maps(records, chain):
+            figure = heads_figure if draw == "heads" else tokens_figure
+            yield f"patching_{draw}_{chain['problem_id']}_{name}", figure(cells, chain, readers, name)
     matrices = {chain["chain_id"]: views.knockout_matrix(records, chain) for chain in chains}
     whole = [chain for chain in chains if (matrices[chain["chain_id"]]["row"] < len(chain["steps"])).any()]
     for chain in whole[:MAX_CHAIN_MAPS]:
@@ -131,26 +114,6 @@ def _chains_to_draw(records: Table, chains: list[dict[str, Any]], apart: Table) 
     return [by_id[chain_id] for chain_id in order[:MAX_CHAIN_MAPS]]
 
 
-def _colour(readers: list[str], reader: str) -> str:
-    return READER_COLOURS[readers.index(reader) % len(READER_COLOURS)] if reader in readers else "#333333"
-
-
-def _marker(readers: list[str], reader: str) -> str:
-    return READER_MARKERS[readers.index(reader) % len(READER_MARKERS)] if reader in readers else "o"
-
-
-@functools.cache
-def _font() -> FT2Font:
-    return FT2Font(font_manager.findfont("DejaVu Sans"))
-
-
-def drawable(text: str) -> str:
-    """`text` on one line, with a box for every character the figures' font has no glyph for."""
-    font = _font()
-    plain = " ".join(text.split())
-    return "".join(c if font.get_char_index(ord(c)) else "□" for c in plain)
-
-
 def curve_figure(curves: Table, readers: list[str]) -> Figure:
     """One panel a test: share of unchanged answers over the fraction kept, with bands, one line a reader."""
     measures = [m for m in views.CURVES if (curves["measure"] == m).any()]
@@ -159,8 +122,8 @@ def curve_figure(curves: Table, readers: list[str]) -> Figure:
     for axis, measure in zip(axes, measures, strict=True):
         for reader in readers:
             one = curves[(curves["measure"] == measure) & (curves["reader"] == reader)]
-            colour = _colour(readers, reader)
-            axis.plot(one["x"], one["value"], color=colour, marker=_marker(readers, reader), label=drawable(reader))
+            colour = colour_of(readers, reader)
+            axis.plot(one["x"], one["value"], color=colour, marker=marker_of(readers, reader), label=drawable(reader))
             axis.fill_between(one["x"], one["low"], one["high"], color=colour, alpha=0.13, linewidth=0)
         kept = "kept verbatim" if measure == "paraphrase" else "of chain kept"
         axis.set(title=CURVE_LABELS[measure], xlabel=f"fraction {kept}", xlim=(-0.03, 1.03), ylim=(-0.03, 1.05))
@@ -170,35 +133,6 @@ def curve_figure(curves: Table, readers: list[str]) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(readers), title="reader", title_fontsize=8)
     return figure
-
-
-def _map(axis: Axes, values: np.ndarray, limit: float) -> None:
-    """A RdBu map centred at 0; cells without a value are hatched grey."""
-    axis.set_facecolor("#DDDDDD")
-    axis.pcolormesh(
-        np.ma.masked_invalid(values), cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.4
-    )
-    axis.invert_yaxis()
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)
-
-
-def _scale(figure: Figure, axes: Iterable[Axes], limit: float, label: str) -> None:
-    """The colour bar that all maps of a figure share."""
-    colours = ScalarMappable(Normalize(-limit, limit), "RdBu")
-    figure.colorbar(colours, ax=list(axes), label=label, shrink=0.9, aspect=14)
-
-
-def _limit(values: np.ndarray) -> float:
-    finite = np.abs(values[np.isfinite(values)])
-    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-
-
-def _ticks(axis: Axes, which: str, labels: list[Any], most: int = 12) -> None:
-    """Label every n-th cell so that at most `most` labels stand on the axis."""
-    every = max(1, -(-len(labels) // most))
-    at = range(0, len(labels), every)
-    axis.set(**{f"{which}ticks": [i + 0.5 for i in at], f"{which}ticklabels": [str(labels[i]) for i in at]})
 
 
 def patching_figure(cells: Table, readers: list[str]) -> Figure:
@@ -211,27 +145,27 @@ def patching_figure(cells: Table, readers: list[str]) -> Figure:
         for reader in views.present(readers, cells)
     }
     gaps = {(a, b): maps[a] - maps[b] for a, b in views.differences(readers, cells)}
-    limit = _limit(np.concatenate([*maps.values(), *gaps.values()]))
+    limit = limit_of(np.concatenate([*maps.values(), *gaps.values()]))
     rows = 2 if gaps else 1
     figure = Figure(figsize=(PAPER_WIDTH, 0.75 + rows * (0.5 + 0.3 * len(roles))))
     axes = figure.subplots(rows, len(maps), squeeze=False)
     for axis, reader in zip(axes[0], maps, strict=True):
-        _map(axis, maps[reader], limit)
+        draw_map(axis, maps[reader], limit)
         axis.set_title(f"reader {drawable(reader)}")
     for axis, (a, b) in zip(axes[-1][1:], gaps, strict=True):
-        _map(axis, gaps[a, b], limit)
+        draw_map(axis, gaps[a, b], limit)
         axis.set_title(f"{drawable(a)} − {drawable(b)}")
         axis.set_xlabel("layer of the patch")
     for axis in axes.ravel():
-        _ticks(axis, "x", layers, most=8)
+        label_ticks(axis, "x", layers, most=8)
         axis.set_yticks([])
     for axis in (axes[0][0], *axes[1:, 1:2].ravel()):
-        _ticks(axis, "y", roles)
+        label_ticks(axis, "y", roles)
     if gaps:
         axes[1][0].set_visible(False)
     axes[0][0].set_xlabel("layer of the patch")
     variant = cells["variant"].iloc[0]
-    _scale(figure, axes.ravel(), limit, f"Δ logit difference\n({variant}, logits)")
+    draw_scale(figure, axes.ravel(), limit, f"Δ logit difference\n({variant}, logits)")
     return figure
 
 
@@ -245,59 +179,12 @@ def trace_figure(decided: Table, readers: list[str]) -> Figure:
         axis.pcolormesh(wide.to_numpy(float), cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.4)
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
-        _ticks(axis, "x", list(wide.columns), most=8)
-        _ticks(axis, "y", [f"{x:.2f}".replace("0.", ".") for x in wide.index], most=8)
+        label_ticks(axis, "x", list(wide.columns), most=8)
+        label_ticks(axis, "y", [f"{x:.2f}".replace("0.", ".") for x in wide.index], most=8)
         axis.set(title=f"reader {drawable(reader)}", xlabel="layer read by the logit lens")
     axes[0].set_ylabel("part of the chain kept")
     colours = ScalarMappable(Normalize(0, 1), "Blues")
     figure.colorbar(colours, ax=list(axes), label="p(answer's first token)", shrink=0.9, aspect=14)
-    return figure
-
-
-def chain_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Figure:
-    """Layer x step effect of one chain with the steps' own text, one panel a reader; a dot marks the true step."""
-    readers = views.present(readers, cells)
-    layers, steps = sorted(cells["layer"].unique()), list(range(len(chain["steps"])))
-    figure = Figure(figsize=(PAPER_WIDTH, 1.2 + 0.36 * len(steps)))
-    axes = figure.subplots(1, len(readers), squeeze=False)[0]
-    limit = _limit(cells["effect"].to_numpy(float))
-    for axis, reader in zip(axes, readers, strict=True):
-        one = cells[cells["reader"] == reader]
-        wide = one.pivot_table(index="step", columns="layer", values="effect").reindex(index=steps, columns=layers)
-        _map(axis, wide.to_numpy(float), limit)
-        axis.set(title=f"reader {drawable(reader)}", xlabel="layer of the patch")
-        _ticks(axis, "x", layers, most=8)
-        axis.set_yticks([])
-    marks = ["● " if step == chain.get("true_step") else "" for step in steps]
-    texts = [textwrap.shorten(drawable(step), 78, placeholder=" …") for step in chain["steps"]]
-    labels = [f"{mark}{textwrap.fill(text, 40)}" for mark, text in zip(marks, texts, strict=True)]
-    axes[0].set_yticks([step + 0.5 for step in steps], labels, fontsize=6.5)
-    variant = cells["variant"].iloc[0]
-    _scale(figure, axes, limit, f"Δ logit difference\n({variant}, logits)")
-    figure.suptitle(
-        f"Problem {drawable(chain['problem_id'])}: the chain's steps (● the step the answer rests on)", fontsize=8.5
-    )
-    return figure
-
-
-def matrix_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Figure:
-    """Step x step: probability the answer loses when one part of a chain cannot attend to a step, a panel a reader."""
-    readers, n = views.present(readers, cells), len(chain["steps"])
-    figure = Figure(figsize=(PAPER_WIDTH, 1.3 + min(0.3 * n, PAPER_WIDTH / len(readers))))
-    axes = figure.subplots(1, len(readers), squeeze=False)[0]
-    limit = _limit(cells["value"].to_numpy(float))
-    for axis, reader in zip(axes, readers, strict=True):
-        wide = cells[cells["reader"] == reader].pivot_table(index="row", columns="step", values="value")
-        _map(axis, wide.reindex(index=range(1, n + 1), columns=range(n)).to_numpy(float), limit)
-        axis.set(title=f"reader {drawable(reader)}", xlabel="step that cannot be seen")
-        _ticks(axis, "x", [f"{'●' if step == chain.get('true_step') else ''}{step}" for step in range(n)], most=10)
-        axis.set_yticks([])
-    _ticks(axes[0], "y", [*(f"step {step}" for step in range(1, n)), "answer"], most=40)
-    axes[0].set_ylabel("what cannot see it")
-    _scale(figure, axes, limit, "probability lost\n(masked)")
-    figure.suptitle(
-        f"Problem {drawable(chain['problem_id'])}: attention between steps (● the answer's step)", fontsize=8.5
-    )
     return figure
 
 
@@ -339,9 +226,9 @@ def forest_figure(differences: list[Any], readers: list[str]) -> Figure:
     for estimate in differences:
         reader = views.tuned_reader(estimate.arm, readers) or estimate.arm
         y = names.index(estimate.name) * (len(arms) + 0.6) + arms.index(estimate.arm)
-        colour = _colour(readers, reader)
+        colour = colour_of(readers, reader)
         axis.plot([estimate.ci_low, estimate.ci_high], [y, y], color=colour)
-        axis.plot(estimate.value, y, marker=_marker(readers, reader), color=colour)
+        axis.plot(estimate.value, y, marker=marker_of(readers, reader), color=colour)
         interval = f"{estimate.arm}  {estimate.value:+.2f} [{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}]"
         axis.annotate(interval, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
     axis.axvline(0, color="#555555", linewidth=0.8, zorder=0)
@@ -387,7 +274,7 @@ def bridge_figure(points: Table, disagreements: Table, readers: list[str]) -> Fi
     axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     for axis, reader in zip(axes, shown, strict=True):
         one = points[points["reader"] == reader]
-        axis.scatter(one["mistake"], one["knockout"], s=14, color=_colour(readers, reader), alpha=0.6, linewidths=0)
+        axis.scatter(one["mistake"], one["knockout"], s=14, color=colour_of(readers, reader), alpha=0.6, linewidths=0)
         of_reader = disagreements[(disagreements["reader"] == reader) & (disagreements["mechanism"] == "knockout")]
         named = of_reader.merge(
             one, left_on=["chain_id", "step_behaviour"], right_on=["chain_id", "step"], suffixes=("", "_point")
@@ -422,7 +309,7 @@ def knockout_figure(losses: Table, readers: list[str]) -> Figure:
                 continue
             low, high = views.band(values)
             jitter = rng.uniform(-0.16, 0.16, len(values))
-            axis.scatter(x + jitter, values, s=10, color=_colour(readers, reader), alpha=0.35, linewidths=0)
+            axis.scatter(x + jitter, values, s=10, color=colour_of(readers, reader), alpha=0.35, linewidths=0)
             axis.plot([x, x], [low, high], color="#222222", linewidth=1.2)
             axis.plot(x, np.nanmean(values), marker="_", markersize=14, markeredgewidth=1.8, color="#222222")
         axis.axhline(0, color="#BBBBBB", linewidth=0.6, zorder=0)
@@ -440,16 +327,16 @@ def attribution_figure(heads: Table, readers: list[str]) -> Figure:
     layers, numbers = sorted(heads["layer"].unique()), sorted(heads["head"].unique())
     figure = Figure(figsize=(PAPER_WIDTH, 1.0 + min(4.5, max(1.2, 0.13 * len(layers)))))
     axes = figure.subplots(1, len(readers), sharey=True, squeeze=False)[0]
-    limit = _limit(heads["value"].to_numpy(float))
+    limit = limit_of(heads["value"].to_numpy(float))
     for axis, reader in zip(axes, readers, strict=True):
         one = heads[heads["reader"] == reader]
         wide = one.pivot_table(index="layer", columns="head", values="value").reindex(index=layers, columns=numbers)
-        _map(axis, wide.to_numpy(float), limit)
+        draw_map(axis, wide.to_numpy(float), limit)
         axis.set(title=f"reader {drawable(reader)}", xlabel="head")
-        _ticks(axis, "x", numbers)
-        _ticks(axis, "y", layers)
+        label_ticks(axis, "x", numbers)
+        label_ticks(axis, "y", layers)
     if axes[0].get_ylim()[0] > axes[0].get_ylim()[1]:
         axes[0].invert_yaxis()
     axes[0].set_ylabel("layer (first at the bottom)")
-    _scale(figure, axes, limit, "direct contribution\nfrom the true step (logits)")
+    draw_scale(figure, axes, limit, "direct contribution\nfrom the true step (logits)")
     return figure

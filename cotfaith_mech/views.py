@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,13 +154,24 @@ def patches(records: Table) -> Table:
     return cells.drop(columns=["author", "value", "base", "source"])
 
 
-def patched_heads(records: Table, chain: dict[str, Any], variant: str) -> Table:
-    """Effect of each head's patch at each step of a chain, logits: `reader site layer head step effect`."""
-    own = records[(records["chain_id"] == chain["chain_id"]) & (records["variant"] == variant)]
-    cells = select(own, "patching", "logit_diff").dropna(subset=["step", "head"])
-    base = select(own, "patching", "logit_diff_base").groupby("reader")["value"].mean()
-    cells = cells[cells["position"].isna()].assign(effect=lambda rows: rows["value"] - rows["reader"].map(base))
-    return cells[["reader", "site", "layer", "head", "step", "effect"]]
+def chain_maps(records: Table, chain: dict[str, Any]) -> Iterator[tuple[str, str, Table]]:
+    """Of one chain, every variant patched by single heads at steps ("heads") or by single tokens ("tokens"): the
+    variant, which of the two, and `reader site layer head step position effect`, in logits."""
+    own = records[(records["chain_id"] == chain["chain_id"]) & (records["measure"] == "patching")]
+    for variant, rows in own.groupby("variant"):
+        cells = rows[(rows["metric"] == "logit_diff") & rows["layer"].notna()]
+        references = rows[rows["metric"] == "logit_diff_base"]
+        of_step = references.groupby(["reader", "step"], dropna=False)["value"].mean()
+        base = [
+            of_step.get((reader, step), of_step.get((reader, np.nan), np.nan))
+            for reader, step in zip(cells["reader"], cells["step"], strict=True)
+        ]
+        cells = cells.assign(effect=cells["value"] - base)
+        heads = cells["head"].notna() & cells["step"].notna() & cells["position"].isna()
+        tokens = cells["head"].isna() & cells["position"].notna()
+        for draw, chosen in (("heads", heads), ("tokens", tokens)):
+            if chosen.any():
+                yield str(variant), draw, cells[chosen]
 
 
 def aligned_patches(records: Table, chains: Sequence[dict[str, Any]]) -> Table:

@@ -22,7 +22,7 @@ ORDER = [
     "patching knockout mediation crossmodel",
     "config attribution attribution_patching crosscheck outcomes bench doctor",
     "compare bridge",
-    "views figures",
+    "views figure_style chain_figures figures",
     "report",
     "conclude",
     "study",
@@ -51,6 +51,8 @@ NO_TORCH = [
     "compare",
     "bridge",
     "views",
+    "figure_style",
+    "chain_figures",
     "figures",
     "report",
 ]

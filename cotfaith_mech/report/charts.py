@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from .. import views
-from ..figures import CONFLICT_COLOURS, CONFLICT_LABELS, CURVE_LABELS, CURVE_Y, READER_COLOURS
+from ..figure_style import READER_COLOURS
+from ..figures import CONFLICT_COLOURS, CONFLICT_LABELS, CURVE_LABELS, CURVE_Y
 from ..outcomes import Table
 from ..stats import Estimate
 
