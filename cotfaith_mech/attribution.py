@@ -79,15 +79,15 @@ def direct_contributions(trunk: Trunk, contrast: AnswerContrast, query: int) -> 
     values = trunk.run.read([Site("v", layer) for layer in layers])
     pattern = torch.stack([here[Site("pattern", layer)][:, 0] for layer in layers]).float()
     z, attn_out, mlp_out = (torch.stack([here[Site(kind, layer)][0] for layer in layers]).float() for kind in kinds[1:])
-    v = torch.stack([values[Site("v", layer)] for layer in layers]).float()
+    v = torch.stack([values[Site("v", layer)].to(z) for layer in layers])
     v = repeat(v, "layer key kv d -> layer key (kv group) d", group=info.n_heads // info.n_kv_heads)
-    path = trunk.model.direct_path(z, here[last][0].float(), contrast.answer_token, contrast.foil_token)
+    path = trunk.model.direct_path(z, here[last][0].to(z), contrast.answer_token, contrast.foil_token)
     contribution = pattern * einsum(v, path.into_z, "layer key head d, layer head d -> layer head key")
     by_layer = contribution.sum((1, 2)) + path.bias
     logits = trunk.run.logits(contrast.n_logits)[contrast.index]
     logit_diff = float(
         trunk.model.uncapped(logits[contrast.answer_token]) - trunk.model.uncapped(logits[contrast.foil_token])
     )
-    total = by_layer.sum() + mlp_out.sum(0) @ path.direction + here[first][0].float() @ path.direction
+    total = by_layer.sum() + mlp_out.sum(0) @ path.direction + here[first][0].to(z) @ path.direction
     errors = [*(by_layer - attn_out @ path.direction).abs().tolist(), abs(float(total) - logit_diff)]
     return DirectContributions(contribution.cpu(), pattern.cpu(), logit_diff, float(np.max(errors)))
