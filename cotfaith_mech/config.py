@@ -65,7 +65,10 @@ class GenerationConfig(_Strict):
 
 
 class StudyConfig(_Strict):
-    """A whole study. The first reader is the base that the others are compared with."""
+    """A whole study. The first reader is the base that the others are compared with.
+
+    `keep_on_cpu`: what base runs keep lies on the CPU while passes run on the device, for long chains on a small GPU.
+    """
 
     readers: tuple[ReaderConfig, ...] = Field(min_length=1)
     problems: str
@@ -89,6 +92,7 @@ class StudyConfig(_Strict):
     seed: int = 0
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    keep_on_cpu: bool = False
 
     @model_validator(mode="after")
     def _readers_differ(self) -> StudyConfig:
