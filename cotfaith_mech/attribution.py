@@ -115,13 +115,13 @@ class _Heads:
         kinds: tuple[SiteKind, ...] = ("pattern", "z", "attn_out", "mlp_out")
         here = trunk.run.read([first, last, *(Site(kind, layer) for layer in layers for kind in kinds)], first=query)
         values = trunk.run.read([Site("v", layer) for layer in layers])
-        v = torch.stack([values[Site("v", layer)][: query + 1] for layer in layers]).float()
-        v = repeat(v, "layer key kv d -> layer key (kv group) d", group=info.n_heads // info.n_kv_heads)
         pattern = torch.stack([here[Site("pattern", layer)][:, 0, : query + 1] for layer in layers]).float()
         z, attn_out, mlp_out = (
             torch.stack([here[Site(kind, layer)][0] for layer in layers]).float() for kind in kinds[1:]
         )
-        return cls(query, pattern, v, z, attn_out, mlp_out, here[first][0].float(), here[last][0].float())
+        v = torch.stack([values[Site("v", layer)][: query + 1].to(z) for layer in layers])
+        v = repeat(v, "layer key kv d -> layer key (kv group) d", group=info.n_heads // info.n_kv_heads)
+        return cls(query, pattern, v, z, attn_out, mlp_out, here[first][0].to(z), here[last][0].to(z))
 
 
 def _direct_kinds(trunk: Trunk, contrast: AnswerContrast, heads: _Heads) -> AttributionMaps:

@@ -108,6 +108,12 @@ def _add_baseline(measured: Measured, problem: Problem, read: Mapping[str, Readi
     measured.add("baseline", "", values, own.n_tokens)
 
 
+def _undefined_with(values: Mapping[str, float], *readings: Reading) -> dict[str, float]:
+    """`values`, all NaN where the logits of a reading were: what is said then says nothing."""
+    undefined = any(math.isnan(reading.logp) for reading in readings)
+    return {metric: math.nan if undefined else value for metric, value in values.items()}
+
+
 def _add_variant(
     measured: Measured,
     problem: Problem,
@@ -136,6 +142,7 @@ def _add_variant(
         values["p_answer_se"] = mine.p_se
     if variant.implied:
         values |= {"p_implied": read[variant.implied].p, "says_implied": float(read[variant.implied].greedy)}
+    values = _undefined_with(values, mine)
     where = {"step": variant.step, "seed": variant.seed}
     measured.add(variant.measure, variant.variant, values, mine.n_tokens, **where)
     measured.texts.append(_text(variant, mine, said))
@@ -157,10 +164,11 @@ def _add_conflict(
     values = {
         "p_chain": by_chain.p,
         "p_question": by_question.p,
-        "p_other": max(0.0, 1 - by_chain.p - by_question.p),
+        "p_other": max(1 - by_chain.p - by_question.p, 0.0),
         "says_chain": float(by_chain.greedy),
         "says_question": float(by_question.greedy),
     }
+    values = _undefined_with(values, by_chain, by_question)
     measured.add("conflict", variant, values, by_chain.n_tokens, step=step, seed=seed)
 
 
@@ -204,6 +212,7 @@ def _add_options(measured: Measured, trunk: ChainReader, problem: Problem, draws
                 "same": float(p[form].argmax() == back.argmax()),
                 "p_first": float(p[at][0]),
             }
+            values = _undefined_with(values, found[form].readings[0], found[at].readings[0])
             measured.add("options", name, values, found[at].readings[0].n_tokens, seed=draw)
 
 

@@ -66,7 +66,10 @@ class GenerationConfig(_Strict):
 
 
 class StudyConfig(_Strict):
-    """A whole study. The first reader is the base that the others are compared with."""
+    """A whole study. The first reader is the base that the others are compared with.
+
+    `keep_on_cpu`: what base runs keep lies on the CPU while passes run on the device, for long chains on a small GPU.
+    """
 
     readers: tuple[ReaderConfig, ...] = Field(min_length=1)
     problems: str
@@ -95,6 +98,7 @@ class StudyConfig(_Strict):
     seed: int = 0
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    keep_on_cpu: bool = False
 
     @property
     def patches(self) -> PatchPlan:

@@ -77,7 +77,10 @@ class AnswerContrast:
         return reduce
 
     def reduce(self, logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 5"]:
-        """Logit difference, p(a*), is the foil's token the argmax where they part, is a*'s, is all of a* greedy."""
+        """Logit difference, p(a*), is the foil's token the argmax where they part, is a*'s, is all of a* greedy.
+
+        All are NaN where a logit is: the argmax of such logits says nothing.
+        """
         logits = logits[:, : len(self.answer_ids)]
         here = logits[:, self.index]
         ids = torch.tensor(self.answer_ids, device=logits.device)
@@ -85,7 +88,8 @@ class AnswerContrast:
         greedy = (logits.argmax(-1) == ids).all(-1).to(logp)
         difference = here[:, self.answer_token] - here[:, self.foil_token]
         says = [(here.argmax(-1) == token).to(logp) for token in (self.foil_token, self.answer_token)]
-        return torch.stack([difference, logp.exp(), *says, greedy], 1)
+        found = torch.stack([difference, logp.exp(), *says, greedy], 1)
+        return found.masked_fill(logp.isnan()[:, None], torch.nan)
 
     @property
     def n_logits(self) -> int:

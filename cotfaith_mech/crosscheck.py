@@ -25,7 +25,12 @@ from .reading import Trunk
 from .sites import ActivationEdit, Site
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
-"""Largest difference that passes, of logit differences and of log p(a*); .25 was measured in bfloat16 on SmolLM2."""
+"""Largest difference of engines in one precision that passes, of logit differences and of log p(a*).
+
+Measured on SmolLM2 on a CPU, 36 cells of 3 chains (experiments/results/precision_cpu.json): 3e-5 in float32, .375 in
+bfloat16, .078 in float16 against TransformerLens, whose attention is eager; 0 against nnsight, whose attention is the
+model's own. Logits between 16 and 32 lie .125 apart in bfloat16 and .016 in float16: .375 are three such spacings.
+"""
 REFUSALS = (CotfaithError, ValueError, LookupError, RuntimeError, AttributeError, TypeError, AssertionError, OSError)
 """What a peer raises on a model it cannot take; a check that could not be made has failed, the run's units stand."""
 

@@ -9,6 +9,7 @@ Texts are the problem's conflicts: P(chain's answer) and P(question's answer). S
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from .backends.huggingface import HuggingFaceModel
@@ -73,7 +74,8 @@ def _measure_conflict(measured: Measured, pair: Pair, problem: Problem, conflict
         trunk = Trunk(model, text, problem.kind, problem.labels, spans, run)
         [answered] = trunk.read([(text, [text.answer, f" {conflict.question_answer}"])])
         by_chain, by_question = answered.readings
-        return {"p_chain": by_chain.p, "p_question": by_question.p, "says_chain": float(by_chain.greedy)}
+        says_chain = by_chain.p if math.isnan(by_chain.p) else float(by_chain.greedy)
+        return {"p_chain": by_chain.p, "p_question": by_question.p, "says_chain": says_chain}
 
     for reads, own in runs.items():
         for writes, donor in runs.items():

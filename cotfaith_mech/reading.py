@@ -53,7 +53,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Answered:
-    """What a reader says after one text (None: no answer of this kind), and a Reading of each answer asked about."""
+    """What a reader says after one text (None: no answer of this kind, or logits that are NaN), and a Reading of each
+    answer asked about."""
 
     said: str | None
     readings: tuple[Reading, ...]
@@ -141,6 +142,8 @@ class Trunk:
             said = self._generated([variant for variant, _ in asked])
         answered = []
         for word, (_, answers), start, end in zip(said, asked, first, first[1:], strict=False):
+            if any(scored[i].isnan().any() for i in range(start, end)):
+                word = None
             readings = [
                 Reading(float(logp), same_answer(word or "", answer, self.kind), float(entropy), len(one.ids))
                 for answer, one, (logp, entropy) in zip(answers, flat[start:end], scored[start:end], strict=True)
@@ -189,7 +192,7 @@ class Trunk:
             best, entropy, mass = int(row[:-1].argmax()), float(_entropy(row[:-1])), float(row[-1])
             wanted = [self.labels.index(answer.strip()) for answer in answers]
             readings = [Reading(float(row[w]), best == w, entropy, len(branch.tokens), mass) for w in wanted]
-            answered.append(Answered(self.labels[best], tuple(readings)))
+            answered.append(Answered(None if row.isnan().any() else self.labels[best], tuple(readings)))
         return answered
 
 
@@ -255,7 +258,7 @@ def _said(model: Model, path: Sequence[int], kind: AnswerKind) -> str | None:
 
 
 def _entropy(logp: Float[Tensor, "vocab"]) -> Float[Tensor, ""]:
-    return -(logp.exp() * logp).nan_to_num().sum()
+    return -(logp.exp() * logp).masked_fill(logp == -torch.inf, 0).sum()
 
 
 def label_tokens(model: Model, chain: Chain, labels: Sequence[str]) -> tuple[int, ...]:
@@ -302,9 +305,15 @@ def own_answer(
 ) -> tuple[CachedRun, str]:
     """The reader's greedy answer after the complete chain, and a run that begins with the chain.
 
-    Raises CotfaithError when the reader writes no answer of this kind, or puts less than `min_label_mass` on labels.
+    Raises CotfaithError when the reader writes no answer of this kind, puts less than `min_label_mass` on labels, or
+    its logits are not finite.
     """
     run = model.cached_run(_before_labels(model, chain, labels) if labels else model.encode(chain.text).ids)
+    if not run.logits(1).isfinite().all():
+        raise CotfaithError(
+            f"{model.info.name!r} ({model.info.dtype}) gives NaN or infinite logits after the complete chain of "
+            f"{len(run.tokens)} tokens; see whether its weights are whole, or use float32."
+        )
     if labels:
         on_labels = run.logits(1)[0].softmax(-1)[list(label_tokens(model, chain, labels))]
         check_label_mass(model, float(on_labels.sum()), labels, min_label_mass)

@@ -124,12 +124,18 @@ def generate_chains(config: StudyConfig, out: str | Path, progress: Progress = s
 
 
 def _write_manifest(run: RunDirectory, manifest: dict[str, Any]) -> None:
-    """`manifest` with the device the models were on and what the run has pinned."""
+    """`manifest` with the device the models were on, what the run has pinned, and the most memory that any process at
+    work on it has held, in GB."""
+    from .backends.memory import peak_memory_gb
+
+    before = run.read_manifest()
     models = list(manifest["models"].values())
     manifest["device"] = models[0]["device"] + f" ({platform.processor() or platform.machine()})" * (
         models[0]["device"] == "cpu"
     )
-    run.write_manifest(manifest | {"pinned": run.read_manifest().get("pinned", {})})
+    known = before.get("peak_memory_gb", {})
+    peak = known | {name: max(value, known.get(name, 0.0)) for name, value in peak_memory_gb().items()}
+    run.write_manifest(manifest | {"pinned": before.get("pinned", {}), "peak_memory_gb": peak})
 
 
 def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Problem], dict[str, Any]]:
@@ -195,7 +201,12 @@ def _loaded(config: StudyConfig, reader: ReaderConfig) -> TextReader:
     from .model import load
 
     return load(
-        reader.model, adapter=_adapter(reader), backend=reader.backend, device=config.device, dtype=config.dtype
+        reader.model,
+        adapter=_adapter(reader),
+        backend=reader.backend,
+        device=config.device,
+        dtype=config.dtype,
+        keep_on_cpu=config.keep_on_cpu,
     )
 
 
@@ -232,7 +243,8 @@ def _units(
     config: StudyConfig, reader: ReaderConfig, model: TextReader, problems: Sequence[Problem], run: RunDirectory
 ) -> list[_Unit]:
     """The units of `reader`, each named by all that its records rest on."""
-    plan = config.model_dump(mode="json", exclude={"readers", "problems", "limit", "primary", "crosscheck_cells"})
+    apart = {"readers", "problems", "limit", "primary", "crosscheck_cells", "keep_on_cpu"}
+    plan = config.model_dump(mode="json", exclude=apart)
     identity = [reader.name, model.info.weights_hash, reader.mechanism, reader.tests]
     rows = {row["problem_id"]: row for row in run.read_chains()}
     units = []
@@ -449,7 +461,9 @@ def _undefined(measured: Measured) -> list[str]:
 
 
 def _where(record: Record) -> str:
-    return f"{record.measure} {record.variant} step {record.step} layer {record.layer} {record.metric}"
+    names = ("step", "layer", "head", "position", "site", "seed")
+    places = [f"{name} {place}" for name in names if (place := getattr(record, name)) is not None]
+    return " ".join([record.measure, record.variant, *places, record.metric])
 
 
 def _meta(unit: str, reader: str, trunk: ChainReader, measured: Measured) -> dict[str, Any]:

@@ -8,6 +8,8 @@ What is read is that one token: the first digit where digits are tokens of their
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import edits
@@ -33,6 +35,7 @@ def measure_trace(trunk: Trunk, reader: str) -> Measured:
         p = logits.softmax(-1)[:, encoding.ids[visible]].tolist()
         best = logits.argmax(-1).tolist()
         for layer in layers:
-            values = {"p_answer": p[layer], "is_top": float(best[layer] == encoding.ids[visible])}
+            is_top = p[layer] if math.isnan(p[layer]) else float(best[layer] == encoding.ids[visible])
+            values = {"p_answer": p[layer], "is_top": is_top}
             measured.add("decision_trace", "logit_lens", values, visible, step=keep, layer=layer)
     return measured

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from cotfaith_mech.backends.corner import _cheapest_cuts
+from cotfaith_mech.backends.grouping import cheapest_cuts
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.model import Branch, CachedRun, PlainRun, same_weights
@@ -467,7 +467,7 @@ def test_a_sibling_is_the_run_of_its_own_tokens(architecture: str) -> None:
 def test_cheapest_cuts_against_all_cuts() -> None:
     generator = torch.Generator().manual_seed(0)
     price = torch.rand(8, 8, generator=generator).tolist()
-    found = _cheapest_cuts(7, lambda end: (price[first][end] for first in range(end - 1, -1, -1)))
+    found = cheapest_cuts(7, lambda end: (price[first][end] for first in range(end - 1, -1, -1)))
     every = [list(pairwise([0, *(i + 1 for i in range(6) if chosen >> i & 1), 7])) for chosen in range(2**6)]
     assert found == min(every, key=lambda cuts: sum(price[a][b] for a, b in cuts))
 

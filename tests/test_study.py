@@ -74,6 +74,7 @@ def test_outputs_of_the_contract_are_there(run: RunDirectory) -> None:
         assert (run.path / name).stat().st_size > 0
     assert list((run.path / "figures").glob("*.png"))
     assert list((run.path / "figures").glob("*.pdf"))
+    assert 0.5 < run.read_manifest()["peak_memory_gb"]["resident"] < 8
     line = json.loads((run.path / "chains.jsonl").read_text().splitlines()[0])
     text = line["prompt"] + "".join(line["steps"]) + line["cue"] + line["answer"]
     assert [text[a:b] for a, b in line["char_spans"]] == [line["prompt"], *line["steps"], line["cue"], line["answer"]]

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from itertools import islice, pairwise
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,18 +30,13 @@ from ..model import Branch, CachedRun, Ids, ModelInfo, Readout, Reduce, Then
 from ..sites import ActivationEdit, Site
 from .forest import Batch, packed
 from .gradients import head_gradients, site_gradients
+from .grouping import grouped
 from .hooks import RowEdit, hooked
+from .memory import KEYS_A_TOKEN, Kept, Recording
 from .shadows import Shadow, is_replaced, is_zeroed, shadowed, shadowed_edits
 
 if TYPE_CHECKING:
     from .huggingface import HuggingFaceModel
-
-PASS_OVERHEAD = 40
-"""Cost of executing a layer at all, in tokens (weight traffic and launches); measured on SmolLM2 on two CPU cores."""
-MAX_TOKENS = 4096
-"""Tokens in one pass on a CPU; eight times as many elsewhere."""
-MOST_STARTS = 17
-"""Distinct first positions that one group of cells may join."""
 
 
 class _FrozenPrefix(DynamicLayer):
@@ -75,7 +70,7 @@ class _FrozenPrefix(DynamicLayer):
 
     def _joined(self, prefix: Tensor | None, new: Tensor) -> Tensor:
         assert prefix is not None
-        return torch.cat([prefix.expand(new.shape[0], -1, -1, -1), new], dim=2)
+        return torch.cat([prefix.to(new.device).expand(new.shape[0], -1, -1, -1), new], dim=2)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         assert self.own is not None
@@ -92,15 +87,6 @@ def uncached(info: ModelInfo) -> Cache:
     """A cache without a prefix, for a whole pass some of whose rows see values as zero."""
     none = torch.empty(1, info.n_kv_heads, 0, info.d_head, device=info.device, dtype=getattr(torch, info.dtype))
     return Cache(layers=[_FrozenPrefix(none, none, 0) for _ in range(info.n_layers)])
-
-
-class _Recording(DynamicLayer):
-    """A cache layer that keeps all K/V, whatever window the model's attention has; it may begin with a trunk's."""
-
-    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
-        super().__init__()
-        if keys is not None:
-            self.keys, self.values, self.is_initialized = keys, values, True
 
 
 class _PassThrough(nn.Module):
@@ -128,27 +114,41 @@ class CornerRun:
     ) -> None:
         self.model = model
         self.tokens = tuple(tokens)
-        self.max_tokens = MAX_TOKENS if model.info.device == "cpu" else 8 * MAX_TOKENS
         self._row: Int[Tensor, "1 pos"] = torch.tensor([self.tokens], device=model.info.device)
+        self._whole(partial(self._begin, trunk))
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a pass may hold now."""
+        return self.model.room.tokens
+
+    def _whole(self, run: Callable[[], None]) -> None:
+        """Do `run`, a pass that cannot be divided; CotfaithError where memory runs out."""
+        length = len(self.tokens)
+        self.model.room.attempt(run, parts=1, tokens=length, length=length)
+
+    def _begin(self, trunk: CornerRun | None) -> None:
         shared = 0 if trunk is None else trunk._shared(self.tokens)
-        self._keys_values: list[Any] = [()] * model.info.n_layers
-        if trunk is not None:
-            self._keys_values = [(keys[:, :, :shared], values[:, :, :shared]) for keys, values in trunk._keys_values]
-            self._residual: Float[Tensor, "depth pos d_model"] = trunk._residual[:, :shared]
-        if shared < len(self.tokens):
+        length, model = len(self.tokens), self.model
+        self._keep(Kept(model.info, length, model.keep_on_cpu) if trunk is None else trunk._store.grown(shared, length))
+        if shared < length:
             self._run_from(shared)
+
+    def _keep(self, store: Kept) -> None:
+        self._store, self._residual, self._keys_values = store, store.residual, store.keys_values
 
     @torch.no_grad()
     def _run_from(self, start: int) -> None:
-        """Append residual stream and K/V of the tokens from `start` on to what is there of the ones before."""
-        last = self.model.info.n_layers - 1
+        """Put down residual stream and K/V of the tokens from `start` on behind what is there of the ones before."""
+        last, store = self.model.info.n_layers - 1, self._store
         sites = [*(Site("resid_pre", layer) for layer in range(last + 1)), Site("resid_post", last)]
-        cache = Cache(layers=[_Recording(*pair) for pair in self._keys_values])
-        with hooked(self.model.layout, d_head=self.model.info.d_head, read=sites) as store:
+        cache = Cache(layers=[Recording(store, layer, start) for layer in range(last + 1)])
+
+        def keep(site: Site, rows: Tensor) -> Tensor:
+            return store.write_residual(site.layer + (site.kind == "resid_post"), start, rows)
+
+        with hooked(self.model.layout, d_head=self.model.info.d_head, read=sites, keep=keep):
             self._forward(self._row[:, start:], start, 1, cache)
-        new = torch.cat([store[site] for site in sites])
-        self._residual = torch.cat([self._residual, new], 1) if start else new
-        self._keys_values = [(layer.keys, layer.values) for layer in cache.layers if isinstance(layer, _Recording)]
 
     def sibling(self, tokens: Sequence[int]) -> CornerRun:
         """The base run of other tokens, of which only those after the common prefix are computed."""
@@ -171,14 +171,9 @@ class CornerRun:
         run = copy(self)
         run.tokens = (*self.tokens[:first], *donor.tokens[first:end], *self.tokens[end:])
         run._row = torch.tensor([run.tokens], device=self._row.device)
-        run._keys_values = [
-            tuple(torch.cat([a[:, :, :first], b[:, :, first:end].to(a)], 2) for a, b in zip(own, other, strict=True))
-            for own, other in zip(self._keys_values, donor._keys_values, strict=True)
-        ]
-        residual = donor._residual[:, first:end].to(self._residual)
-        run._residual = torch.cat([self._residual[:, :first], residual], 1)
+        run._keep(self._store.spliced(donor._store, first, end))
         if end < len(run.tokens):
-            run._run_from(end)
+            run._whole(partial(run._run_from, end))
         return run
 
     @torch.no_grad()
@@ -191,11 +186,14 @@ class CornerRun:
     def read(self, sites: Sequence[Site], first: int = 0) -> Mapping[Site, Tensor]:
         """Activations of the base run from position `first` on, `[pos, *width]` (pattern: `[head, query, key]`).
 
-        The residual stream between layers and v are kept already; other sites cost a pass over those positions.
+        The residual stream between layers and v are kept already, and lie where runs are kept; other sites cost a pass
+        over those positions.
         """
         kept = {site: value[first:] for site in sites if (value := self._kept(site)) is not None}
         missing = [site for site in sites if site not in kept]
-        return kept | self._computed(missing, first) if missing else kept
+        if missing:
+            self._whole(lambda: kept.update(self._computed(missing, first)))
+        return kept
 
     def _kept(self, site: Site) -> Tensor | None:
         if not 0 <= site.layer < self.model.info.n_layers:
@@ -255,11 +253,22 @@ class CornerRun:
         layers = [min(edit.site.layer for edit in cell) for cell in cells]
         results: dict[int, Tensor] = {}
         rows_a_cell = 2 if any(is_zeroed(edit) for cell in cells for edit in cell) else 1
-        for group in self._groups(starts, layers, rows_a_cell):
-            start = starts[group[0]]
-            logits = self._climb(start, [cells[i] for i in group], [layers[i] for i in group], n_logits)
-            reduced = reduce(logits.float())
-            results.update(zip(group, reduced, strict=True))
+        room, length = self.model.room, len(self.tokens)
+
+        def rows(start: int) -> int:
+            return room.tokens // room.cost(length - start, length, n_logits) // rows_a_cell
+
+        def climb(group: Sequence[int]) -> Tensor:
+            chosen = [cells[i] for i in group], [layers[i] for i in group]
+            return reduce(self._climb(starts[group[0]], *chosen, n_logits).float())
+
+        while left := [i for i in range(len(cells)) if i not in results]:
+            for group in grouped(left, starts, layers, (self.model.info.n_layers, length), rows):
+                tried = len(group) * rows_a_cell * room.cost(length - starts[group[0]], length, n_logits)
+                reduced = room.attempt(partial(climb, group), parts=len(group), tokens=tried, length=length)
+                if reduced is None:
+                    break
+                results.update(zip(group, reduced, strict=True))
         return torch.stack([results[i] for i in range(len(cells))]).cpu()
 
     def _check(self, cell: Cell) -> None:
@@ -269,33 +278,6 @@ class CornerRun:
             outside = [p for p in edit.positions if not 0 <= p < len(self.tokens)]
             if outside or not edit.positions:
                 raise CotfaithError(f"{edit}: positions {outside} lie outside the run of {len(self.tokens)} tokens.")
-
-    def _groups(self, starts: Sequence[int], layers: Sequence[int], rows_a_cell: int) -> Iterator[list[int]]:
-        """Cells that climb together, sorted by layer; each group begins with its smallest start.
-
-        Neighbouring starts are merged where re-reading a few more tokens costs less than another pass, by dynamic
-        programming over the distinct starts; then groups are cut to `max_tokens` rows x suffix.
-        """
-        n_layers, length = self.model.info.n_layers, len(self.tokens)
-        distinct = sorted(set(starts))
-        work = Counter[int]()
-        for start, layer in zip(starts, layers, strict=True):
-            work[start] += n_layers - layer
-
-        def costs(end: int) -> Iterator[float]:
-            joint = 0
-            for first in range(end - 1, max(-1, end - 1 - MOST_STARTS), -1):
-                joint += work[distinct[first]]
-                yield joint * (length - distinct[first]) + PASS_OVERHEAD * n_layers
-
-        for first, end in _cheapest_cuts(len(distinct), costs):
-            chosen = set(distinct[first:end])
-            members = sorted((i for i, s in enumerate(starts) if s in chosen), key=lambda i: layers[i])
-            rows = max(1, self.max_tokens // (length - distinct[first]) // rows_a_cell)
-            for cut in range(0, len(members), rows):
-                part = members[cut : cut + rows]
-                lowest = min(part, key=lambda i: starts[i])
-                yield [lowest, *(i for i in part if i != lowest)]
 
     def _climb(
         self, start: int, cells: Sequence[Cell], layers: Sequence[int], n_logits: int
@@ -359,7 +341,7 @@ class CornerRun:
         handles = []
         try:
             for layer, count in joins.items():
-                rows = self._residual[layer, start:stop].expand(count, -1, -1)
+                rows = self._residual[layer, start:stop].to(self._row.device).expand(count, -1, -1)
                 hook = _joiner(rows.clone(), alone=layer == first)
                 handles.append(modules[layer].register_forward_pre_hook(hook, with_kwargs=True))
             executed = range(first, len(original) if top is None else top)
@@ -378,40 +360,65 @@ class CornerRun:
 
         What follows (`then`) is computed on the K/V of its batch, which are dropped with it.
         """
-        variants = []
-        for branch in branches:
-            root = min(self._shared(branch.tokens), len(branch.tokens) - branch.n_logits)
-            variants.append((root, branch.tokens[root:], branch.n_logits))
-        results: dict[int, Tensor] = {}
-        for batch in packed(variants, self.max_tokens, self.model.info.d_model) if variants else ():
-            start = int(batch.roots.max())
-            cache = self._frozen(start, keeps=then is not None)
-            logits, best = self._batch_logits(batch, start, cache)
-            for one, row in zip(batch.placed, logits, strict=True):
-                results[one.number] = reduce(row.float(), one.number).cpu()
-            if then is not None:
-                self._follow(
-                    batch, {one.number: branches[one.number].tokens for one in batch.placed}, best, then, cache
+        pending, results, apart = dict(enumerate(branches)), dict[int, Tensor](), False
+        while pending:
+            for numbers, batch in self._batches(pending, apart):
+                start, (rows, width) = int(batch.roots.max()), batch.tokens.shape
+                done = self.model.room.attempt(
+                    partial(self._finish, batch, numbers, pending, results, reduce, then),
+                    parts=len(batch.placed),
+                    tokens=rows * self.model.room.cost(width, start + width),
+                    length=start + width,
                 )
+                if not done:
+                    apart = rows == 1
+                    break
         return [results[i] for i in range(len(branches))]
 
-    def _follow(self, batch: Batch, tokens: dict[int, Ids], best: Sequence[Ids], then: Then, cache: Cache) -> None:
-        """Let the variants of `batch` go on for as long as `then` says, each round on the K/V in `cache`."""
+    def _batches(self, pending: Mapping[int, Branch], apart: bool) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of what is `pending`, and the numbers that their variants have there; each alone where `apart`."""
+        room = self.model.room.tokens
+        for numbers in [[number] for number in pending] if apart else [list(pending)]:
+            variants = []
+            for branch in (pending[number] for number in numbers):
+                root = min(self._shared(branch.tokens), len(branch.tokens) - branch.n_logits)
+                variants.append((root, branch.tokens[root:], branch.n_logits))
+            for batch in packed(variants, room, self.model.info.d_model, KEYS_A_TOKEN * room) if variants else ():
+                yield numbers, batch
+
+    def _finish(
+        self,
+        batch: Batch,
+        numbers: Sequence[int],
+        pending: dict[int, Branch],
+        results: dict[int, Tensor],
+        reduce: Callable[[Tensor, int], Tensor],
+        then: Then | None,
+    ) -> bool:
+        """Read `batch`, and let its variants go on for as long as `then` says, each round on the K/V of its cache.
+
+        `pending` is at any time what each variant is to read next, so that it can be begun again from there.
+        """
         start = int(batch.roots.max())
+        cache = self._frozen(start, keeps=then is not None)
         while True:
+            logits, best = self._batch_logits(batch, start, cache)
             longer = []
+            for one, row in zip(batch.placed, logits, strict=True):
+                if (number := numbers[one.number]) not in results:
+                    results[number] = reduce(row.float(), number).cpu()
             for one, words in zip(batch.placed, best, strict=True):
-                if (branch := then(one.number, words)) is not None:
-                    n_kept = _shared_length(tokens[one.number], branch.tokens) - one.root
+                before = pending.pop(number := numbers[one.number])
+                if then is not None and (branch := then(number, words)) is not None:
+                    pending[number] = branch
+                    n_kept = _shared_length(before.tokens, branch.tokens) - one.root
                     longer.append((one, n_kept, branch.tokens[one.root + n_kept :], branch.n_logits))
-                    tokens[one.number] = branch.tokens
             if not longer:
-                return
+                return True
             rows, batch = batch.grown(longer)
             for layer in cache.layers:
                 assert isinstance(layer, _FrozenPrefix)
                 layer.keep_rows(rows)
-            _, best = self._batch_logits(batch, start, cache)
 
     def _batch_logits(self, batch: Batch, start: int, cache: Cache) -> tuple[Iterator[Tensor], list[Ids]]:
         """Each variant's logits `[read, vocab]` at the positions it reads, and the most likely token after each of
@@ -450,22 +457,6 @@ class CornerRun:
 def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
-def _cheapest_cuts(n: int, costs: Callable[[int], Iterator[float]]) -> list[tuple[int, int]]:
-    """The cheapest cut of range(n) into segments `[first, end)`, by dynamic programming.
-
-    `costs(end)` gives the costs of the segments that end there, the shortest first.
-    """
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for end in range(1, n + 1):
-        options = enumerate(islice(costs(end), end), 1)
-        best.append(min((best[end - length][0] + cost, end - length) for length, cost in options))
-    edges = [n]
-    while edges[-1]:
-        edges.append(best[edges[-1]][1])
-    edges.reverse()
-    return list(pairwise(edges))
 
 
 def _masked(mask: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -121,8 +121,11 @@ class Batch:
         return rows, Batch(new, positions, roots, ancestors, keys, placed)
 
 
-def packed(variants: Sequence[tuple[int, Sequence[int], int]], max_slots: int, d_model: int) -> Iterator[Batch]:
-    """Batches of about `max_slots` slots for variants given as root, tokens after it, and last positions read.
+def packed(
+    variants: Sequence[tuple[int, Sequence[int], int]], max_slots: int, d_model: int, max_keys: int | None = None
+) -> Iterator[Batch]:
+    """Batches of about `max_slots` slots for variants given as root, tokens after it, and last positions read; where
+    `max_keys` is given, all rows of a batch together see about as many keys, those of the base among them.
 
     A token costs about 12 d_model^2 operations a layer, a pair of tokens in attention about 4 d_model.
     """
@@ -140,6 +143,8 @@ def packed(variants: Sequence[tuple[int, Sequence[int], int]], max_slots: int, d
     plans = [(width, _rows(sizes, width)) for width in (max(sizes), 3 * max(sizes) // 2, 2 * max(sizes))]
     width, rows = min(plans, key=lambda plan: len(plan[1]) * plan[0] * (3 * d_model + plan[0]))
     per_batch = max(1, max_slots // width)
+    if max_keys is not None:
+        per_batch = max(1, min(per_batch, max_keys // (width + max(root for root, *_ in variants))))
     for first in range(0, len(rows), per_batch):
         yield _batch(rows[first : first + per_batch], trees, paths, width)
 

@@ -107,9 +107,14 @@ class RowEdit:
 
 @contextmanager
 def hooked(
-    layout: Layout, *, d_head: int, edits: Sequence[RowEdit] = (), read: Sequence[Site] = ()
+    layout: Layout,
+    *,
+    d_head: int,
+    edits: Sequence[RowEdit] = (),
+    read: Sequence[Site] = (),
+    keep: Callable[[Site, Tensor], Tensor] = lambda _, tensor: tensor.clone(),
 ) -> Iterator[dict[Site, Tensor]]:
-    """Apply `edits` and collect `read` during the forwards inside; raises when a hook never fired.
+    """Apply `edits` and collect what `keep` makes of `read` during the forwards inside; raises when a hook never fired.
 
     Edges zeroed after the softmax are not made here but by shadows.py.
     """
@@ -128,7 +133,7 @@ def hooked(
             handle = layout.layers[layer].layer.register_forward_pre_hook(_cutter(layer_cuts), with_kwargs=True)
             stack.callback(handle.remove)
         for site in read:
-            _attach(stack, layout, site, d_head, _reader(store, site))
+            _attach(stack, layout, site, d_head, _reader(store, site, keep))
         yield store
         expected = {number for number, row_edit in enumerate(edits) if row_edit.edit.site.kind != "pattern"}
         silent = [str(edits[number].edit) for number in expected - fired] + [str(s) for s in read if s not in store]
@@ -199,11 +204,11 @@ def apply_edit(tensor: Tensor, row_edit: RowEdit) -> None:
     tensor[index] = value if edit.op == "replace" else tensor[index] + value
 
 
-def _reader(store: dict[Site, Tensor], site: Site) -> Callable[[Tensor], None]:
+def _reader(store: dict[Site, Tensor], site: Site, keep: Callable[[Site, Tensor], Tensor]) -> Callable[[Tensor], None]:
     def act(tensor: Tensor) -> None:
         if site.head is not None:
             tensor = tensor[:, site.head] if site.kind == "pattern" else tensor[..., site.head, :]
-        store[site] = tensor.clone()
+        store[site] = keep(site, tensor)
 
     return act
 

@@ -13,16 +13,20 @@ from ..model import CachedRun, Run
 from ..sites import ActivationEdit, Site
 from .corner import CornerRun, uncached
 from .hooks import RowEdit, hooked
+from .memory import Room
 from .shadows import Shadow, is_replaced, shadowed, shadowed_edits
 from .text import TextSide
 from .weights import Weights
 
 
 class HuggingFaceModel(TextSide):
-    """Plain forwards with scoped hooks, and `cached_run` for counterfactuals of one base run."""
+    """Plain forwards with scoped hooks, and `cached_run` for counterfactuals of one base run, whose residual
+    stream and K/V lie on the CPU with `keep_on_cpu`."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, keep_on_cpu: bool = False) -> None:
         super().__init__(weights, "huggingface")
+        self.keep_on_cpu = keep_on_cpu
+        self.room = Room(self.info, getattr(weights.model.config.get_text_config(), "intermediate_size", 0))
 
     @torch.no_grad()
     def run(

@@ -38,7 +38,9 @@ class Hybrid:
                 f"{recipient.info.name!r} and {donor.info.name!r} are not of one architecture and shape, so their "
                 "layers cannot be exchanged; give a model and its fine-tune."
             )
-        self.model = HuggingFaceModel(replace(recipient.weights, model=structural_clone(recipient.weights.model)))
+        self.model = HuggingFaceModel(
+            replace(recipient.weights, model=structural_clone(recipient.weights.model)), recipient.keep_on_cpu
+        )
         self._own, self._other = recipient, donor
 
     @contextmanager
