@@ -86,6 +86,29 @@ def test_logits_and_reads_agree_with_the_plain_forward(architecture: str, backen
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sites_are_named_as_in_an_activation_cache_and_hold_the_same(architecture: str) -> None:
+    """`run_with_cache` of the bridge: its names are str(Site), its short names find the same, and a cache made of what
+    is read here serves its own analysis."""
+    from transformer_lens import ActivationCache
+
+    m, x = model(architecture), tokens(8)
+    bridge = model(architecture, "transformer_lens").bridge
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(x, prepend_bos=False)
+    sites = [Site(kind, layer) for layer in range(4) for kind in (*KINDS, "pattern")]  # pyright: ignore[reportArgumentType]
+    ours = m.run(x, read=sites).activations
+    assert {str(site) for site in sites} <= set(bridge.hook_dict)
+    for site in sites:
+        torch.testing.assert_close(cache[str(site)], ours[site], atol=1e-4, rtol=0, msg=str(site))
+        assert Site.parse(str(site)) == site
+    for kind, layer in (("resid_pre", 2), ("attn_out", 1), ("mlp_out", 3)):
+        torch.testing.assert_close(cache[kind, layer], ours[Site(kind, layer)], atol=1e-4, rtol=0)  # pyright: ignore[reportArgumentType]
+    made = ActivationCache({str(site): value for site, value in ours.items()}, bridge)
+    theirs, back = (c.accumulated_resid(layer=3, incl_mid=False) for c in (cache, made))
+    torch.testing.assert_close(back, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("backend", ["corner", "transformer_lens", "nnsight"])
 def test_every_edit_agrees_with_the_plain_path(architecture: str, backend: str) -> None:
     ours, x = model(architecture), tokens(2)[0].tolist()
