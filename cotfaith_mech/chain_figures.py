@@ -84,9 +84,10 @@ def tokens_figure(cells: Table, chain: dict[str, Any], readers: list[str], varia
         label_ticks(axis, "y", layers, most=8)
         for at in starts:
             axis.axvline(positions.index(at), color="#444444", linewidth=0.6)
-    marks = [f"{'● ' if step == chain.get('true_step') else ''}step {int(step)}" for step in starts.index]
+    word = "step " if len(starts) <= 8 else ""
+    marks = [f"{'● ' if step == chain.get('true_step') else ''}{word}{int(step)}" for step in starts.index]
     axes[-1].set_xticks([positions.index(at) for at in starts], marks, ha="left")
-    axes[-1].set_xlabel("token of the chain")
+    axes[-1].set_xlabel("token of the chain, by step")
     draw_scale(figure, axes, limit, f"Δ logit difference\n({variant}, logits)")
     figure.suptitle(f"Problem {drawable(chain['problem_id'])}: single tokens (● the answer's step)", fontsize=8.5)
     return figure

@@ -161,11 +161,10 @@ def chain_maps(records: Table, chain: dict[str, Any]) -> Iterator[tuple[str, str
     for variant, rows in own.groupby("variant"):
         cells = rows[(rows["metric"] == "logit_diff") & rows["layer"].notna()]
         references = rows[rows["metric"] == "logit_diff_base"]
-        of_step = references.groupby(["reader", "step"], dropna=False)["value"].mean()
-        base = [
-            of_step.get((reader, step), of_step.get((reader, np.nan), np.nan))
-            for reader, step in zip(cells["reader"], cells["step"], strict=True)
-        ]
+        joint = references[references["step"].isna()].groupby("reader")["value"].mean()
+        of_step = references[references["step"].notna()].groupby(["reader", "step"])["value"].mean()
+        where = list(zip(cells["reader"], cells["step"], strict=True))
+        base = [of_step.get(at) if at in of_step.index else joint.get(at[0], np.nan) for at in where]
         cells = cells.assign(effect=cells["value"] - base)
         heads = cells["head"].notna() & cells["step"].notna() & cells["position"].isna()
         tokens = cells["head"].isna() & cells["position"].notna()

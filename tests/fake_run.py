@@ -117,6 +117,16 @@ def _records(reader: str, chain: dict[str, Any], rng: np.random.Generator) -> It
                 yield record(
                     "attribution", "contribution", peak * (1 + 0.3 * rng.normal()), step=j, layer=layer, head=head, variant="direct"
                 )  # fmt: skip
+            for head in range(0, N_HEADS, 2):
+                effect = 3 * weight if (layer, head) in {(15, 2), (20, 6)} else 0.1 * rng.normal()
+                where = {"step": j, "layer": layer, "head": head, "variant": "denoise/z/head"}
+                yield record("patching", "logit_diff", -3 + effect, site=f"blocks.{layer}.attn.hook_z[{head}]", **where)
+            for at in range(7):
+                where = {"step": j, "layer": layer, "position": 40 + 7 * j + at, "variant": "denoise/token"}
+                effect = 3 * weight * DEPTH[layer] * (at == 5) + 0.05 * rng.normal()
+                yield record("patching", "logit_diff", -3 + effect, site=site, **where)
+    for variant in ("denoise/z/head", "denoise/token"):
+        yield record("patching", "logit_diff_base", -3.0, variant=variant)
     for variant, sign in (("denoise", 1), ("noise", -1)):
         yield record("patching", "logit_diff_base", -3 * sign, variant=variant)
         yield record("patching", "logit_diff_source", 3 * sign, variant=variant)

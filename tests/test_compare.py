@@ -20,10 +20,10 @@ PRIMARY = ("conflict/record_agree/p_chain", "conflict/record_agree/p_question", 
 
 
 def rows(measure, variant="", *, problem="p0", reader="A", author="gold", **metrics):
-    where = {key: metrics.pop(key, None) for key in ("step", "site", "layer", "head", "seed")}
+    where = {key: metrics.pop(key, None) for key in ("step", "site", "layer", "head", "position", "seed")}
     base = {"problem_id": problem, "chain_id": f"c-{problem}", "author": author, "reader": reader, "measure": measure}
     return [
-        {**base, "variant": variant, **where, "metric": metric, "value": float(value), "position": None, "n_tokens": 31}
+        {**base, "variant": variant, **where, "metric": metric, "value": float(value), "n_tokens": 31}
         for metric, value in metrics.items()
     ]
 
@@ -415,6 +415,47 @@ def test_knockouts_and_the_validation_of_attributions_by_hand():
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert not [name for name in found if "from_step" in name or "head" in name or "zeroed_interaction" in name]
+
+
+def test_rank_correlation_above_the_control_and_what_the_screen_was_worth_by_hand():
+    """Controls reach 1, so losses 2, 3, 4 count, foretold as 3, 2, 4: rho = 1/2. Screen: random nodes' estimates are
+    twice their effects; the largest effect among them is half of the largest among the first."""
+    losses, foretold = [0.5, -0.5, 2, 3, 4], [9, 8, 3, 2, 4]
+    where = [{"step": 0, "layer": layer, "head": 0} for layer in range(5)]
+    nodes = [("exact_top", 4.0, 1.0, 9), ("exact_top", -8.0, -5.0, 8), ("exact_random", 4.0, 8.0, 3)]
+    nodes += [("exact_random", -1.0, -2.0, 2), ("exact_random", 0.5, 1.0, 1)]
+    records = table(
+        *(rows("knockout", "zeroed_head", delta_logit_diff=v, **at) for v, at in zip(losses, where, strict=True)),
+        *(rows("knockout", "zeroed_head_random", layer=n, head=0, delta_logit_diff=(-1) ** n) for n in range(5)),
+        *(rows("attribution", "gradient", contribution=v, **at) for v, at in zip(foretold, where, strict=True)),
+        *(
+            rows("attribution_patching", "q", estimate=estimate, screen=screen, **at, **{name: exact})
+            for (name, exact, estimate, screen), at in zip(nodes, where, strict=True)
+        ),
+        rows("attribution_patching", "q", estimate=5.0, screen=0.5, step=1, layer=0, head=0),
+    )
+    found = {name: estimate.value for (name, _), estimate in estimates(records).items()}
+    assert found["attribution/gradient/zeroed_rank_above_control"] == pytest.approx(0.5)
+    assert found["attribution_patching/random_pearson"] == pytest.approx(1)
+    assert found["attribution_patching/largest_random_share"] == pytest.approx(0.5)
+    # screens 9, 8, 3, 2, 1 against sizes 4, 8, 4, 1, .5: ranks 5 4 3 2 1 against 3.5 5 3.5 2 1, so 8 / sqrt(10 * 9.5)
+    assert found["attribution_patching/screen_rank"] == pytest.approx(8 / 95**0.5)
+
+
+def test_patches_of_one_altered_step_have_that_steps_base_and_heads_and_tokens_are_no_steps():
+    """Steps 0 and 1 (the true one) have bases 1 and 2 and sources 3 and 6: recovered (4 - 2) / (6 - 2)."""
+    chosen = table(
+        *(rows("patching", "denoise/filler", step=j, layer=4, logit_diff=(9.0, 4.0)[j]) for j in (0, 1)),
+        *(rows("patching", "denoise/filler", step=j, logit_diff_base=1.0 + j) for j in (0, 1)),
+        *(rows("patching", "denoise/filler", step=j, logit_diff_source=3.0 + 3 * j) for j in (0, 1)),
+        rows("patching", "denoise/z/head", step=1, layer=4, head=2, logit_diff=77.0),
+        rows("patching", "denoise/token", step=1, layer=4, position=9, logit_diff=77.0),
+        rows("patching", "denoise/token", logit_diff_base=1.0),
+        rows("patching", "denoise/token", logit_diff_source=2.0),
+    )
+    found = {name: estimate.value for (name, _), estimate in estimates(chosen).items()}
+    assert found["patching/denoise/filler/true_step/recovered/layer4"] == pytest.approx(0.5)
+    assert not [name for name in found if "head" in name or "token" in name]
 
 
 def test_mediated_shares_are_ratios_of_sums_and_the_interaction_of_write_and_read_is_its_own_number():

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from cotfaith_mech import figures, views
+from cotfaith_mech.chain_figures import heads_figure, tokens_figure
 from cotfaith_mech.records import COLUMNS, RunDirectory
 
 from .fake_run import LAYERS, N_STEPS, READERS, write_fake_run
@@ -187,7 +188,8 @@ def test_every_figure_is_written_as_png_and_pdf_even_with_hostile_text(
     run = write_fake_run(tmp_path / "run", hostile=" $x_{$ \\frac <b>漢😀\u0007</b> %d")
     names = {path.name for path in figures.draw_figures(run)}
     stems = ["curves", "patching_denoise", "patching_noise", "forest", "conflict", "bridge", "knockout", "attribution"]
-    stems += [f"patching_chain_{problem}" for problem in ("p03", "p01", "p00")]
+    maps = ("patching_chain_{}", "patching_heads_{}_denoise_z_head", "patching_tokens_{}_denoise_token")
+    stems += [name.format(problem) for problem in ("p03", "p01", "p00") for name in maps]
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
     assert all((run.figures / name).stat().st_size > 2000 for name in names)
     assert (run.figures / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -239,3 +241,33 @@ def test_step_labels_of_a_chain_are_its_own_and_mark_the_true_step(run: RunDirec
 
 def test_characters_the_font_lacks_become_boxes() -> None:
     assert figures.drawable("a\n漢 $b$") == "a □ $b$"
+
+
+def test_maps_of_heads_and_tokens_stand_where_their_records_say(run: RunDirectory) -> None:
+    """The cell of one head at the true step is its record minus the base's; the figure shows the same number."""
+    records, chain = run.read_records(), run.read_chains()[0]
+    maps = {draw: (variant, cells) for variant, draw, cells in views.chain_maps(records, chain)}
+    assert set(maps) == {"heads", "tokens"}
+    variant, cells = maps["heads"]
+    rows = records[(records["chain_id"] == chain["chain_id"]) & (records["variant"] == "denoise/z/head")]
+    at = rows[
+        (rows["reader"] == "A") & (rows["layer"] == 15) & (rows["head"] == 2) & (rows["step"] == chain["true_step"])
+    ]
+    shown = cells[(cells["reader"] == "A") & (cells["layer"] == 15) & (cells["head"] == 2)]
+    effect = float(at["value"].iloc[0]) + 3
+    assert shown.set_index("step")["effect"][chain["true_step"]] == pytest.approx(effect)
+    figure = heads_figure(cells, chain, ["A"], variant)
+    axis = figure.axes[0]
+    names = [label.get_text() for label in axis.get_xticklabels()]
+    drawn = axis.collections[0].get_array().reshape(4, -1)
+    assert drawn[chain["true_step"], names.index("15.2")] == pytest.approx(effect)
+    assert "query head" in axis.get_xlabel()
+    variant, cells = maps["tokens"]
+    axis = tokens_figure(cells, chain, ["A"], variant).axes[0]
+    assert axis.collections[0].get_array().size == len(set(cells["layer"])) * 28
+    assert [label.get_text().lstrip("● ") for label in axis.get_xticklabels()] == [
+        "step 0",
+        "step 1",
+        "step 2",
+        "step 3",
+    ]
