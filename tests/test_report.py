@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from cotfaith_mech.records import RunDirectory
@@ -213,3 +214,31 @@ def test_labels_escape_and_wrap() -> None:
     assert report_charts.label("<b>a</b> & b") == "&lt;b&gt;a&lt;/b&gt; &amp; b"
     assert report_charts.label("one two", width=4) == "one<br>two"
     assert report_charts.label("word " * 200).endswith("…")
+
+
+def test_exchanged_layers_are_charted_in_both_directions() -> None:
+    """One chart a direction: two parts of the rows with their bands, and a dash for each model as it is."""
+    rows = [
+        {
+            "reader": "B",
+            "into": into,
+            "rows": part,
+            "layer": layer,
+            "value": 0.1 * layer,
+            "low": 0.0,
+            "high": 1.0,
+            "n": 4,
+        }
+        for into in ("base", "tuned")
+        for part in ("chain_rows", "cue_rows")
+        for layer in (0, 1, 2)
+    ]
+    own = {"rows": "own", "layer": np.nan, "low": np.nan, "high": np.nan, "n": 4, "reader": "B"}
+    table = pd.DataFrame([*rows, {**own, "into": "base", "value": 0.9}, {**own, "into": "tuned", "value": 0.4}])
+    drawn = report_charts.cross_model_charts(table, ["A", "B"])
+    assert [chart["title"] for chart in drawn] == ["one layer of A in B", "one layer of B in A"]
+    for chart, dashes in zip(drawn, ([0.4, 0.9], [0.9, 0.4]), strict=True):
+        lines = [trace for trace in chart["data"] if trace.get("line", {}).get("dash") == "dash"]
+        assert [trace["y"][0] for trace in lines] == dashes
+        assert [trace["x"] for trace in lines] == [[0, 2], [0, 2]]
+        assert len(chart["data"]) == 2 * 3 + 2

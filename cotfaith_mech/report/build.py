@@ -110,6 +110,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "primary": _primary_rows(primary, estimates, readers),
         "estimates": _estimate_groups(estimates),
         "sections": sections,
+        "mediated": [estimate for estimate in estimates if estimate.name.startswith("mediation/")],
         "variant_words": VARIANT_WORDS,
         "disagreements": json.loads(apart.to_json(orient="records")),
         "chains": chains,
@@ -188,6 +189,7 @@ def _sections(records: Table, chains: list[dict[str, Any]], readers: list[str], 
         "patching": {variant: charts.patching_charts(of_variant, readers) for variant, of_variant in variants},
         "knockout": [charts.knockout_chart(losses, readers)] if len(losses) else [],
         "attribution": charts.attribution_charts(heads, readers) if len(heads) else {"charts": [], "limit": 1.0},
+        "cross_model": charts.cross_model_charts(views.cross_model(records), readers),
         "bridge": [charts.bridge_chart(points, apart, readers)] if len(points) else [],
     }
 

@@ -232,6 +232,34 @@ def patching_charts(cells: Table, readers: Sequence[str]) -> dict[str, Any]:
     return {"charts": charts, "limit": limit}
 
 
+def cross_model_charts(cells: Table, readers: Sequence[str]) -> list[dict[str, Any]]:
+    """P(chain's answer) under conflict with one layer of the other model, a chart a tuned reader and direction; dashes
+    are the two models as they are. `readers`: the base first."""
+    charts = []
+    for tuned in views.present(readers, cells):
+        names = {"base": readers[0], "tuned": tuned}
+        of_reader = cells[cells["reader"] == tuned]
+        for into, donor in (("tuned", "base"), ("base", "tuned")):
+            traces = []
+            for rows, shade, symbol in (("chain_rows", "#0072B2", "circle"), ("cue_rows", "#D55E00", "square")):
+                one = of_reader[(of_reader["into"] == into) & (of_reader["rows"] == rows)].sort_values("layer")
+                traces += _line_with_band(one, rows.replace("_", " "), shade, symbol)
+            layers = numbers(of_reader["layer"].dropna().sort_values())
+            for model in (into, donor):
+                own = of_reader[(of_reader["into"] == model) & (of_reader["rows"] == "own")]["value"]
+                for value in numbers(own):
+                    line = {"color": "#777777", "dash": "dash", "width": 1}
+                    ends = {"x": [layers[0], layers[-1]], "y": [value, value], "mode": "lines", "line": line}
+                    traces.append({**ends, "name": f"{label(names[model])} as it is", "hoverinfo": "name+y"})
+            x, y = (
+                {"title": {"text": "layer exchanged"}},
+                {"title": {"text": "P(chain's answer)"}, "range": [-0.03, 1.06]},
+            )
+            title = f"one layer of {names[donor]} in {names[into]}"
+            charts.append(_chart(title, traces, 320, xaxis=x, yaxis=y))
+    return charts
+
+
 def trace_charts(decided: Table, readers: Sequence[str]) -> list[dict[str, Any]]:
     """Maps of kept part of the chain x layer, one a reader: probability of the answer's first token by the lens."""
     charts = []
