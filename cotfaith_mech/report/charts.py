@@ -243,7 +243,7 @@ def cross_model_charts(cells: Table, readers: Sequence[str]) -> list[dict[str, A
             traces = []
             for rows, shade, symbol in (("chain_rows", "#0072B2", "circle"), ("cue_rows", "#D55E00", "square")):
                 one = of_reader[(of_reader["into"] == into) & (of_reader["rows"] == rows)].sort_values("layer")
-                traces += _line_with_band(one, rows.replace("_", " "), shade, symbol)
+                traces += _line_with_band(one.assign(x=one["layer"]), rows.replace("_", " "), shade, symbol)
             layers = numbers(of_reader["layer"].dropna().sort_values())
             for model in (into, donor):
                 own = of_reader[(of_reader["into"] == model) & (of_reader["rows"] == "own")]["value"]
