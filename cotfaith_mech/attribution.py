@@ -11,7 +11,8 @@ attention weight of a key, v its value, F the logit difference a* minus foil:
   gradient    a dF/da, through all that follows the head at the query, a final soft-cap too.
   integrated  a times the mean of dF/da over the layer's weights at this query scaled from 0 to 1 (integrated gradients,
               1703.01365, as in Hao et al. 2004.11207). Summed over heads and keys it is what F loses when the layer's
-              weights at the query are zero; not where a norm follows attention (Gemma), which its error then says.
+              weights at the query are zero. F bends sharply near 0 where a layer writes more than it was given (the
+              first one): such layers get more points, and are NaN where the sum still misses by more than 1 %.
 dF/da of a key is v . dF/dz: the gradient into z is all that is needed, and the key's whole path to the query counts.
 The errors of these sums are recorded. Validated by zeroed knockout of the same head and step (outcomes.py).
 
@@ -38,8 +39,8 @@ from .problems import Problem
 from .reading import Trunk
 from .sites import Site, SiteKind
 
-INTEGRATION_POINTS = 8
-"""Points of integrated gradients, by the Gauss-Legendre rule."""
+FEWEST_POINTS, MOST_POINTS = 8, 128
+"""Points of integrated gradients, by the Gauss-Legendre rule: as few as a layer's sum allows."""
 Kinds = dict[str, Float[Tensor, "layer head key"]]
 
 
@@ -140,16 +141,30 @@ def _direct_kinds(trunk: Trunk, contrast: AnswerContrast, heads: _Heads) -> Attr
 
 
 def _with_gradients(maps: AttributionMaps, trunk: Trunk, contrast: AnswerContrast, heads: _Heads) -> AttributionMaps:
-    """`maps` with gradient x attention and integrated gradients of every key."""
-    points, weights = (torch.from_numpy(a).float() for a in np.polynomial.legendre.leggauss(INTEGRATION_POINTS))
-    scales = [0.0, 1.0, *((points + 1) / 2).tolist()]
-    into_z, logit_diffs = trunk.run.head_gradients(heads.query, scales, contrast.difference)
-    mean = einsum(weights / 2, into_z[:, 2:], "point, layer point head d -> layer head d")
-    into_z = torch.stack([into_z[:, 1], mean])
-    both = heads.pattern.cpu() * einsum(
-        heads.values.cpu(), into_z, "layer key head d, kind layer head d -> kind layer head key"
-    )
-    errors = (both[1].sum((1, 2)) - (logit_diffs[:, 1] - logit_diffs[:, 0])).abs().tolist()
-    return replace(
-        maps, kinds=maps.kinds | {"gradient": both[0], "integrated": both[1]}, integrated_errors=tuple(errors)
-    )
+    """`maps` with gradient x attention and integrated gradients of every key.
+
+    A layer whose sum misses what it should be has its points multiplied by four, up to MOST_POINTS; where it still
+    misses it is NaN.
+    """
+    layers = list(range(len(heads.pattern)))
+    into_z, ends = trunk.run.head_gradients(heads.query, layers, [0.0, 1.0], contrast.difference)
+    pattern, values, lost = heads.pattern.cpu(), heads.values.cpu(), ends[:, 1] - ends[:, 0]
+
+    def of_keys(gradient: Tensor, chosen: list[int]) -> Tensor:
+        moved = einsum(values[chosen], gradient, "layer key head d, layer head d -> layer head key")
+        return pattern[chosen] * moved
+
+    kinds = {"gradient": of_keys(into_z[:, 1], layers), "integrated": torch.empty_like(pattern)}
+    errors, n, missed = torch.zeros(len(layers)), FEWEST_POINTS, layers
+    allowed = 1e-2 + 1e-2 * lost.abs()
+    while missed and n <= MOST_POINTS:
+        points, weights = (torch.from_numpy(a).float() for a in np.polynomial.legendre.leggauss(n))
+        scales = ((points + 1) / 2).tolist()
+        found, _ = trunk.run.head_gradients(heads.query, missed, scales, contrast.difference)
+        mean = einsum(weights / 2, found, "point, layer point head d -> layer head d")
+        kinds["integrated"][missed] = of_keys(mean, missed)
+        errors = (kinds["integrated"].sum((1, 2)) - lost).abs()
+        missed = [layer for layer in missed if not errors[layer] <= allowed[layer]]
+        n *= 4
+    kinds["integrated"][missed] = torch.nan
+    return replace(maps, kinds=maps.kinds | kinds, integrated_errors=tuple(errors.tolist()))

@@ -9,7 +9,7 @@ logit difference. Per node
             paths that cancel are not lost. Nodes are ranked by it.
   exact     the patch itself, of the `top` nodes by screen and of as many `random` others; the agreement of the two is
             what the screen is worth on this chain (outcomes.py).
-A record's `head` counts query heads at q and z, KV heads at k and v.
+A record's `head` counts query heads at q and z, KV heads at k and v, as its variant says.
 
 TransformerLens's `attribution_patch` (4.3) scores whole heads' outputs and MLPs by one gradient; it has no q, k and v
 nodes, neither correction, and refuses edges on grouped heads. Where the two overlap (z) it is the oracle in the tests.
@@ -62,18 +62,19 @@ def measure_attribution_patching(trunk: Trunk, problem: Problem, reader: str, *,
         measured.exclusions.append(f"attribution patching: {error}")
         return measured
     n_tokens = len(base.tokens)
+    variant = {kind: f"{kind}/{'kv_head' if kind in ('k', 'v') else 'head'}" for kind in KINDS}
     for kind in KINDS:
         for layer, head, step in product(*map(range, estimate[kind].shape)):
             at = (layer, head, step)
             values = {"estimate": float(estimate[kind][at]), "screen": float(screen[kind][at])}
-            measured.add("attribution_patching", kind, values, n_tokens, layer=layer, head=head, step=step)
+            measured.add("attribution_patching", variant[kind], values, n_tokens, layer=layer, head=head, step=step)
     chosen = _chosen(screen, seed)
     nodes = [node for group in chosen.values() for node in group]
     exact = iter(_exact(trunk, contrast, base, source, nodes))
     for name, group in chosen.items():
         for kind, layer, head, step in group:
             where = {"layer": layer, "head": head, "step": step}
-            measured.add("attribution_patching", kind, {f"exact_{name}": next(exact)}, n_tokens, **where)
+            measured.add("attribution_patching", variant[kind], {f"exact_{name}": next(exact)}, n_tokens, **where)
     return measured
 
 

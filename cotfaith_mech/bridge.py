@@ -89,7 +89,8 @@ def step_table(records: Table, chains: Chains, layer: int | None = None) -> Tabl
     """
     mistake = _select(records, "mistake", "tv", "local")
     masked, random = (_select(records, "knockout", "delta_p", variant) for variant in ("masked", "masked_random"))
-    norm_matched = _select(records, "control", "delta_p", "norm_matched")
+    control = records[(records["measure"] == "control") & (records["metric"] == "delta_p")]
+    norm_matched = _twin_else_filler(control, "norm_matched")
     columns = {
         "knockout": _above_control(_per_step(masked, "knockout"), random),
         "patch": _above_control(_patch_effects(records, layer), norm_matched.assign(value=norm_matched["value"].abs())),
@@ -120,7 +121,7 @@ def _per_step(rows: Table, column: str) -> Table:
 def _patch_effects(records: Table, layer: int | None) -> Table:
     """|p(a*) after the noising patch - p(a*) of the base run| at one layer, by the twin or, without one, by filler."""
     edited = patched_steps(records, "p_answer")
-    edited = edited[edited["variant"] == ("noise" if (edited["variant"] == "noise").any() else "noise/filler")]
+    edited = _twin_else_filler(edited, "noise")
     if not edited.empty:
         edited = edited[edited["layer"] == (mid_layer(edited["layer"]) if layer is None else layer)]
     return _per_step(edited.assign(value=(edited["value"] - edited["base"]).abs()), "patch")
@@ -130,6 +131,13 @@ def _direct_contributions(records: Table) -> Table:
     rows = _select(records, "attribution", "contribution", "direct")
     rows = rows[rows["step"].notna() & rows["layer"].notna()]
     return rows.groupby(KEYS)["value"].sum().rename("direct").reset_index()
+
+
+def _twin_else_filler(rows: Table, variant: str) -> Table:
+    """The rows of `variant`, and those by filler of chains that have none of it."""
+    chosen = rows[rows["variant"] == variant]
+    filled = rows[rows["variant"] == f"{variant}/filler"]
+    return pd.concat([chosen, filled[~filled["chain_id"].isin(chosen["chain_id"])]])
 
 
 def _above_control(steps: Table, control: Table) -> Table:

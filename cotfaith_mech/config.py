@@ -117,7 +117,7 @@ class StudyConfig(_Strict):
         try:
             _ = self.patches
         except CotfaithError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(str(error).rstrip(".")) from error
         return self
 
     @model_validator(mode="after")

@@ -65,19 +65,20 @@ class AnswerContrast:
         return logits[:, 0, self.answer_token] - logits[:, 0, self.foil_token]
 
     def beside(self, base: Float[Tensor, "read vocab"]) -> Reduce:
-        """`reduce`, and as a sixth column the divergence KL(base || edited) of the next token where a* and the foil
+        """`reduce`, and as a last column the divergence KL(base || edited) of the next token where a* and the foil
         part, in nats."""
         own = base[self.index].log_softmax(-1)
 
-        def reduce(logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 6"]:
+        def reduce(logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 7"]:
             edited, kept = logits[:, self.index].log_softmax(-1), own.to(logits.device)
             divergence = (kept.exp() * (kept - edited)).sum(-1)
             return torch.cat([self.reduce(logits), divergence[:, None]], 1)
 
         return reduce
 
-    def reduce(self, logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 5"]:
-        """Logit difference, p(a*), is the foil's token the argmax where they part, is a*'s, is all of a* greedy.
+    def reduce(self, logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 6"]:
+        """Logit difference, p(a*), is the foil's token the argmax where they part, is a*'s, is all of a* greedy, log
+        p(a*) in nats.
 
         All are NaN where a logit is: the argmax of such logits says nothing.
         """
@@ -88,7 +89,7 @@ class AnswerContrast:
         greedy = (logits.argmax(-1) == ids).all(-1).to(logp)
         difference = here[:, self.answer_token] - here[:, self.foil_token]
         says = [(here.argmax(-1) == token).to(logp) for token in (self.foil_token, self.answer_token)]
-        found = torch.stack([difference, logp.exp(), *says, greedy], 1)
+        found = torch.stack([difference, logp.exp(), *says, greedy, logp], 1)
         return found.masked_fill(logp.isnan()[:, None], torch.nan)
 
     @property

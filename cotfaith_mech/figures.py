@@ -65,13 +65,13 @@ def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) ->
     if len(cells := views.aligned_patches(records, chains)):
         for variant, of_variant in cells.groupby("variant"):
             yield f"patching_{variant}", patching_figure(of_variant, readers)
-    for chain in _chains_to_draw(records, chains, apart):
-        cells = views.patches(records)
-        cells = cells[
-            (cells["chain_id"] == chain["chain_id"]) & (cells["variant"] == views.main_patch(cells["variant"]))
-        ]
+    patched = views.patches(records)
+    for chain in _chains_to_draw(patched["chain_id"], chains, apart):
+        cells = patched[patched["chain_id"] == chain["chain_id"]]
+        cells = cells[cells["variant"] == views.main_patch(cells["variant"])]
         yield f"patching_chain_{chain['problem_id']}", chain_figure(cells, chain, readers)
-    for chain in _chains_to_draw(records, chains, apart):
+    single = records[(records["measure"] == "patching") & (records["head"].notna() | records["position"].notna())]
+    for chain in _chains_to_draw(single["chain_id"], chains, apart):
         for name, draw, cells in views.chain_maps(records, chain):
             figure = heads_figure if draw == "heads" else tokens_figure
             yield f"patching_{draw}_{chain['problem_id']}_{name}", figure(cells, chain, readers, name)
@@ -105,13 +105,14 @@ def _save(run: RunDirectory, name: str, figure: Figure) -> list[Path]:
     return [png, pdf]
 
 
-def _chains_to_draw(records: Table, chains: list[dict[str, Any]], apart: Table) -> list[dict[str, Any]]:
-    """The chains where behaviour and mechanism disagree most, then the first ones, MAX_CHAIN_MAPS in all."""
-    patched = set(views.select(records, "patching", "logit_diff").dropna(subset=["step"])["chain_id"])
+def _chains_to_draw(measured: Any, chains: list[dict[str, Any]], apart: Table) -> list[dict[str, Any]]:
+    """Of the chains `measured`, those where behaviour and mechanism disagree most, then the first ones, MAX_CHAIN_MAPS
+    in all."""
+    patched = set(measured)
     first = [*apart["chain_id"], *(chain["chain_id"] for chain in chains)]
     order = [chain_id for chain_id in dict.fromkeys(first) if chain_id in patched]
     by_id = {chain["chain_id"]: chain for chain in chains}
-    return [by_id[chain_id] for chain_id in order[:MAX_CHAIN_MAPS]]
+    return [by_id[chain_id] for chain_id in order[:MAX_CHAIN_MAPS] if chain_id in by_id]
 
 
 def curve_figure(curves: Table, readers: list[str]) -> Figure:

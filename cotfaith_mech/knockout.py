@@ -79,7 +79,7 @@ def measure_knockout(
         for cut, row in zip(cuts, rows, strict=True):
             exists = _exists(trunk.model.windows, cut)
             values = {
-                "delta_logp": float(np.log(max(base[1], 1e-45)) - np.log(max(row[1], 1e-45))),
+                "delta_logp": float(base[5] - row[5]),
                 "delta_p": float(base[1] - row[1]),
                 "same": float(row[4]),
             }

@@ -12,7 +12,7 @@ the reader itself writes under q'.
 
 CoT mediation index (2602.03994, read second-hand: patches of the chain's hidden states against matched controls), in
 each window of layers, ours: d_chain = probability a* loses when the residual stream at as many random chain tokens as
-the smaller of chain and prompt holds is that of another problem's chain (its mean); d_control the same at as many
+the shorter of chain and prompt has is that of another problem's chain (its mean); d_control the same at as many
 random prompt tokens, from that problem's prompt. Losses count from 0.
   CMI = max(0, d_chain - d_control) / max(d_chain + d_control, eps)
 """
@@ -86,9 +86,12 @@ def measure_cmi(
     states = trunk.run.sibling(encoding.ids).read([Site("resid_pre", layer) for layer in range(n_layers)])
     spans = {"chain": (own.prompt[1], own.cue[0]), "control": (own.prompt[0] + SINK_TOKENS, own.prompt[1])}
     given = {"chain": (theirs.prompt[1], theirs.cue[0]), "control": (theirs.prompt[0] + SINK_TOKENS, theirs.prompt[1])}
-    n = min(end - first for first, end in (*spans.values(), *given.values()))
-    if n < 1:
-        measured.exclusions.append("mediation index: the prompt has no tokens to match the chain's")
+    n = min(end - first for first, end in spans.values())
+    if n < 1 or min(end - first for first, end in given.values()) < 1:
+        measured.exclusions.append(
+            f"mediation index: a prompt has no more than the {SINK_TOKENS} tokens left alone, or a chain has none, its "
+            "own or the other problem's"
+        )
         return measured
     cells, names = [], []
     for layer in range(0, n_layers, window):
@@ -109,11 +112,13 @@ def measure_cmi(
     p = trunk.run.edited(cells, n_logits=contrast.n_logits, reduce=contrast.reduce)[:, 1].tolist()
     for layer in range(0, n_layers, window):
         lost = {
-            name: max(0.0, base - float(np.mean([q for q, at in zip(p, names, strict=True) if at == (layer, name)])))
+            name: float(
+                np.maximum(0.0, base - np.mean([q for q, at in zip(p, names, strict=True) if at == (layer, name)]))
+            )
             for name in spans
         }
         both = lost["chain"] + lost["control"]
-        index = max(0.0, lost["chain"] - lost["control"]) / both if both > CMI_EPS else np.nan
+        index = float(np.maximum(0.0, lost["chain"] - lost["control"])) / both if both > CMI_EPS else np.nan
         values = {"d_chain": lost["chain"], "d_control": lost["control"], "cmi": index}
         measured.add("mediation", "cmi", values, len(trunk.run.tokens), layer=layer)
     return measured

@@ -232,10 +232,10 @@ class CachedRun(Protocol):
         ...
 
     def head_gradients(
-        self, position: int, scales: Sequence[float], readout: Readout
+        self, position: int, layers: Sequence[int], scales: Sequence[float], readout: Readout
     ) -> tuple[Float[Tensor, "layer scale head d_head"], Float[Tensor, "layer scale"]]:
-        """d readout / d z at `position`, where the readout is of the logits there and the z of all heads of the one
-        layer are multiplied by the scale; and the readouts.
+        """d readout / d z at `position` for each of `layers`, where the readout is of the logits there and the z of all
+        heads of that one layer are multiplied by the scale; and the readouts.
 
         Raises CotfaithError where the backend gives no gradients, as do `site_gradients`.
         """
@@ -292,7 +292,7 @@ class PlainRun:
         return torch.cat([self.model.run(self._row, read=[site], edits=cell).activations[site] for cell in cells])
 
     def head_gradients(
-        self, position: int, scales: Sequence[float], readout: Readout
+        self, position: int, layers: Sequence[int], scales: Sequence[float], readout: Readout
     ) -> tuple[Float[Tensor, "layer scale head d_head"], Float[Tensor, "layer scale"]]:
         raise CotfaithError(f"{self.model.info.backend} gives no gradients here; use the huggingface backend.")
 

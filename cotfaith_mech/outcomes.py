@@ -329,7 +329,7 @@ def _from_screen(records: Table) -> list[Table]:
             "screen_rank": metrics.spearman(
                 own.loc[known, "screen"].to_numpy(float), exact[known].abs().to_numpy(float)
             ),
-            "largest_random_share": float(random["exact_random"].abs().max() / top["exact_top"].abs().max()),
+            "largest_random_share": random["exact_random"].abs().max() / (top["exact_top"].abs().max() or np.nan),
         }
         for score, value in scores.items():
             parts.append(

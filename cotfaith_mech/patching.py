@@ -66,16 +66,26 @@ class PatchPlan:
     window: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("layers", "directions", "kinds", "parts", "sources"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(dict.fromkeys(values)))
         named = ("step", "token", "prompt", "chain", "cue")
-        if bad := [part for part in self.parts if part not in named and not _RANGE.fullmatch(part)]:
+        if bad := [part for part in self.parts if part not in named and not _is_range(part)]:
             raise CotfaithError(
                 f"{', '.join(bad)} is no part of a chain; use {', '.join(named)}, or tokens like 12:20."
             )
         if self.by_head and (without := [kind for kind in self.kinds if kind not in HEAD_KINDS]):
             raise CotfaithError(f"{', '.join(without)} has no heads; use {', '.join(HEAD_KINDS)} with by_head.")
+        if self.layers == () or self.window < 1:
+            raise CotfaithError(f"layers={self.layers}, window={self.window}: name a layer, and a window of 1 or more.")
 
 
 _RANGE = re.compile(r"(\d+):(\d+)")
+
+
+def _is_range(part: str) -> bool:
+    match = _RANGE.fullmatch(part)
+    return match is not None and int(match[1]) < int(match[2])
 
 
 def step_edits(layer: int, span: Span, source: Tensor) -> list[ActivationEdit]:
@@ -84,13 +94,23 @@ def step_edits(layer: int, span: Span, source: Tensor) -> list[ActivationEdit]:
 
 
 def measure_patching(
-    trunk: Trunk, problem: Problem, reader: str, plan: PatchPlan, *, donors: Sequence[Chain] = (), seed: int = 0
+    trunk: Trunk,
+    problem: Problem,
+    reader: str,
+    plan: PatchPlan,
+    *,
+    donors: Sequence[Chain] = (),
+    controls: bool = True,
+    seed: int = 0,
 ) -> Measured:
-    """Records of `patching` and its controls; what cannot be made of `plan` on this chain is an exclusion.
+    """Records of `patching` and its `controls`; what cannot be made of `plan` on this chain is an exclusion.
 
     `donors` are chains of other problems, for the sources `other` (the first one) and `mean` (all).
+    Raises CotfaithError for layers the model does not have.
     """
-    measured = Measured(trunk.chain, reader)
+    measured, n_layers = Measured(trunk.chain, reader), trunk.model.info.n_layers
+    if absent := [layer for layer in plan.layers or () if not 0 <= layer < n_layers]:
+        raise CotfaithError(f"Layers {absent} do not exist: {trunk.model.info.name!r} has 0 to {n_layers - 1}.")
     try:
         contrast = AnswerContrast.named(trunk, problem.twin_answer)
     except CotfaithError as error:
@@ -98,10 +118,14 @@ def measure_patching(
         return measured
     for source in plan.sources or (("twin",) if problem.twin_steps else ("filler",)):
         for other in _others(trunk, problem, source, plan, donors, measured):
+            parts = list(_parts(plan, trunk.spans, other, measured))
             for direction in plan.directions:
-                if direction == "noise" or other.restores:
-                    _patch(_Patch(trunk, contrast, plan, direction, other), measured)
-    _controls(measured, trunk, contrast, problem, plan, seed)
+                if parts and (direction == "noise" or other.restores):
+                    _patch(_Patch(trunk, contrast, plan, direction, other, problem.twin_answer), parts, measured)
+            if controls:
+                _norm_matched(measured, trunk, contrast, plan, other, seed)
+    if controls:
+        _controls(measured, trunk, contrast, problem, plan, seed)
     return measured
 
 
@@ -128,10 +152,12 @@ def _others(
         chosen = donors[:1] if source == "other" else donors
         encodings = [trunk.model.encode(donor.text) for donor in chosen]
         spans = tuple(token_spans(donor, encoding) for donor, encoding in zip(chosen, encodings, strict=True))
-        if chosen:
-            yield _Other(source, tuple(trunk.run.sibling(e.ids) for e in encodings), spans, None, False)
+        if len(chosen) < (2 if source == "mean" else 1):
+            measured.exclusions.append(
+                f"patching from {source}: there is no other problem's chain" + " but one" * len(chosen)
+            )
         else:
-            measured.exclusions.append(f"patching from {source}: there is no other problem's chain")
+            yield _Other(source, tuple(trunk.run.sibling(e.ids) for e in encodings), spans, None, False)
         return
     if source != "filler" and not problem.twin_steps:
         measured.exclusions.append(
@@ -139,6 +165,11 @@ def _others(
             "other or mean"
         )
         return
+    if source == "twin_step" and len(problem.twin_steps) != len(trunk.chain.steps):
+        measured.exclusions.append("patching from twin_step: the twin has another number of steps")
+        return
+    if source == "twin_step" and (whole := [part for part in plan.parts if part not in ("step", "token")]):
+        measured.exclusions.append(f"patching from twin_step: it alters one step; {', '.join(whole)} is left out")
     for step, chain in _altered(trunk, problem, source, plan):
         if (run := _aligned_run(trunk, chain)) is not None:
             yield _Other(source, (run,), (trunk.spans,), step)
@@ -184,24 +215,34 @@ class _Part:
     where: dict[str, int]
 
 
-def _parts(plan: PatchPlan, own: TokenSpans, other: _Other) -> Iterator[_Part]:
-    """The parts of a plan that one other run can give: of one altered step that step and its tokens alone."""
+def _parts(plan: PatchPlan, own: TokenSpans, other: _Other, measured: Measured) -> Iterator[_Part]:
+    """The parts of a plan that one other run can give: of one altered step that step and its tokens alone. Why one
+    cannot be had is an exclusion."""
     for name in plan.parts:
         if name in ("step", "token"):
             steps = range(len(own.steps)) if other.step is None else (other.step,)
             for j in steps if other.source != "filler" or other.step is not None else ():
                 taken = tuple(spans.steps[min(j, len(spans.steps) - 1)] for spans in other.spans)
                 yield from _step_parts(name, j, own.steps[j], taken)
-            if name == "token" and other.step is None and other.restores:
+            if name == "token" and other.source == "twin":
                 yield from (_Part(name, (at, at + 1), ((at, at + 1),), {"position": at}) for at in range(*own.cue))
-        elif other.step is None and (match := _RANGE.fullmatch(name)):
-            first, end = (int(bound) for bound in match.groups())
-            if not other.restores or not first < end <= own.answer[1]:
-                why = f"the chain's tokens are 0:{own.answer[1]}" if other.restores else "it has other tokens"
-                raise CotfaithError(f"tokens {name} cannot be taken from {other.source}: {why}")
-            yield _Part(name, (first, end), ((first, end),), {})
-        elif other.step is None:
-            yield _Part(name, _named(own, name), tuple(_named(spans, name) for spans in other.spans), {})
+            elif name == "token" and other.step in (None, 0):
+                why = f"patching from {other.source}: of single tokens those of the steps alone, not the cue's"
+                measured.exclusions.append(why)
+            continue
+        if other.step is not None:
+            continue
+        if match := _RANGE.fullmatch(name):
+            span, taken = (int(match[1]), int(match[2])), ((int(match[1]), int(match[2])),)
+            inside = other.restores and span[1] <= own.answer[1]
+            why = f"the chain's tokens are 0:{own.answer[1]}" if other.restores else "it has other tokens"
+        else:
+            span, taken = _named(own, name), tuple(_named(spans, name) for spans in other.spans)
+            inside, why = all(first < end for first, end in (span, *taken)), "there it has no tokens"
+        if inside:
+            yield _Part(name, span, taken, {})
+        else:
+            measured.exclusions.append(f"patching: {name} cannot be taken from {other.source}: {why}")
 
 
 def _step_parts(name: str, step: int, span: Span, taken: tuple[Span, ...]) -> Iterator[_Part]:
@@ -226,6 +267,7 @@ class _Patch:
     plan: PatchPlan
     direction: Direction
     other: _Other
+    twin_answer: str | None
 
     @property
     def base(self) -> CachedRun:
@@ -257,13 +299,8 @@ class _Patch:
         return range(n_heads) if self.plan.by_head else (None,)
 
 
-def _patch(patch: _Patch, measured: Measured) -> None:
-    try:
-        parts = list(_parts(patch.plan, patch.trunk.spans, patch.other))
-    except CotfaithError as error:
-        measured.exclusions.append(f"patching: {error}")
-        return
-    for kind in patch.plan.kinds if parts else ():
+def _patch(patch: _Patch, parts: Sequence[_Part], measured: Measured) -> None:
+    for kind in patch.plan.kinds:
         if kind == "pattern" and not patch.other.restores:
             reason = f"patching from {patch.other.source} at pattern: its run has other keys; patch z instead"
             measured.exclusions.append(reason)
@@ -314,25 +351,55 @@ def _edit(site: Site, part: _Part, states: Sequence[States]) -> ActivationEdit:
 
 def _values(patch: _Patch, row: Sequence[float]) -> dict[str, float]:
     """Metrics of one cell. The source's answer is a* when the chain donates, the foil when the twin does."""
-    difference, p, says_foil, says_own, _, divergence = row
-    logp = float(np.log(max(p, 1e-45)))
+    difference, p, says_foil, says_own, _, logp, divergence = row
     values = {"logit_diff": difference, "p_answer": p, "logp_answer": logp, "kl": divergence}
     if patch.direction == "denoise":
         return values | {"says_source": says_own}
-    return values | {"says_source": says_foil} if patch.other.source == "twin" else values
+    foil_is_the_twins = patch.other.source == "twin" and patch.twin_answer is not None
+    return values | {"says_source": says_foil} if foil_is_the_twins else values
+
+
+def _middle(plan: PatchPlan, trunk: Trunk) -> Site:
+    layers = sorted(range(trunk.model.info.n_layers) if plan.layers is None else plan.layers)
+    return Site("resid_pre", layers[len(layers) // 2])
+
+
+def _norm_matched(
+    measured: Measured, trunk: Trunk, contrast: AnswerContrast, plan: PatchPlan, other: _Other, seed: int
+) -> None:
+    """Control of a source, at each step it can give: the residual stream there moved in a random direction, as far at
+    every token as the patch moves it."""
+    middle, run = _middle(plan, trunk), trunk.run
+    base = run.read([middle])[middle]
+    states = [other_run.read([middle]) for other_run in other.runs]
+    parts = list(_parts(PatchPlan(plan.layers), trunk.spans, other, measured))
+    cells = []
+    for part in parts:
+        step = part.where["step"]
+        own, value = base[slice(*part.span)], _edit(middle, part, states).value.to(base)
+        random = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed + step)).to(own)
+        random = random * ((value - own).norm(dim=-1) / random.norm(dim=-1))[:, None]
+        cells.append([ActivationEdit(middle, tuple(range(*part.span)), "replace", own + random)])
+    if not cells:
+        return
+    read = {"n_logits": contrast.n_logits, "reduce": contrast.reduce}
+    p_base = float(contrast.reduce(run.logits(contrast.n_logits)[None])[0, 1])
+    variant = "norm_matched" + ("" if other.source == "twin" else f"/{other.source}")
+    for part, p in zip(parts, run.edited(cells, **read)[:, 1].tolist(), strict=True):
+        where = {"site": str(middle), "layer": middle.layer, "step": part.where["step"], "seed": seed}
+        measured.add("control", variant, {"delta_p": p_base - p}, len(run.tokens), **where)
 
 
 def _controls(
     measured: Measured, trunk: Trunk, contrast: AnswerContrast, problem: Problem, plan: PatchPlan, seed: int
 ) -> None:
-    """At the middle of the patched layers, against the twin or a chain of filler: self-patch of one step, drawn from
-    `seed`; norm-matched random directions at each step; the patch at as many random positions of other steps.
+    """At the middle of the patched layers: self-patch of one step, drawn from `seed`; and for each step the twin's
+    states, or those of a chain of filler, at as many random positions of other steps.
 
     The self-patch is compared with a null edit of the same shape, so that not a bit may differ.
     """
     run, read = trunk.run, {"n_logits": contrast.n_logits, "reduce": contrast.reduce}
-    layers = sorted(range(trunk.model.info.n_layers) if plan.layers is None else plan.layers)
-    middle = Site("resid_pre", layers[len(layers) // 2])
+    middle = _middle(plan, trunk)
     base = run.read([middle])[middle]
     span = trunk.spans.steps[int(np.random.default_rng(seed).integers(len(trunk.spans.steps)))]
     null = ActivationEdit(middle, tuple(range(*span)), "add", torch.zeros_like(base[slice(*span)]))
@@ -342,16 +409,12 @@ def _controls(
     if (other := other_run(trunk, problem)) is None:
         measured.exclusions.append("patching controls: the twin's or filler's tokens do not align with the chain's")
         return
-    theirs = other.read([middle])[middle]
-    generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(base.shape, generator=generator).to(base)
-    random = random * ((theirs - base).norm(dim=-1) / random.norm(dim=-1))[:, None]
-    cells = {("norm_matched", j): step_edits(middle.layer, s, base + random) for j, s in enumerate(trunk.spans.steps)}
-    cells |= {("random_positions", j): cell for j, cell in _elsewhere(trunk.spans, middle, theirs, seed)}
+    cells = dict(_elsewhere(trunk.spans, middle, other.read([middle])[middle], seed))
     p_base = float(contrast.reduce(run.logits(contrast.n_logits)[None])[0, 1])
-    for (variant, step), p in zip(cells, run.edited(list(cells.values()), **read)[:, 1].tolist(), strict=True):
+    rows = run.edited(list(cells.values()), **read)[:, 1].tolist() if cells else []
+    for step, p in zip(cells, rows, strict=True):
         where = {"site": str(middle), "layer": middle.layer, "step": step, "seed": seed}
-        measured.add("control", variant, {"delta_p": p_base - p}, len(run.tokens), **where)
+        measured.add("control", "random_positions", {"delta_p": p_base - p}, len(run.tokens), **where)
 
 
 def _elsewhere(spans: TokenSpans, site: Site, source: Tensor, seed: int) -> Iterator[tuple[int, list[ActivationEdit]]]:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 SWAP_DONORS = 1
 """Other problems whose chains are swapped in, per chain."""
+PATCH_DONORS = 8
+"""Other problems whose chains are patched from, or averaged, per chain."""
 
 PACKAGES = ("cotfaith-mech", "torch", "transformers", "transformer-lens", "nnsight", "peft", "numpy", "scipy")
 
@@ -284,7 +286,7 @@ def _run_reader(
         try:
             trunk = _opened(config, model, unit.chain, unit.problem)
             if not run.has_unit(unit.name):
-                donors = [units[(number + k) % len(units)].chain for k in range(1, min(SWAP_DONORS + 1, len(units)))]
+                donors = [units[(number + k) % len(units)].chain for k in range(1, min(PATCH_DONORS + 1, len(units)))]
                 measured, failed = _measure(config, reader, trunk, unit, donors)
                 for reason in failed:
                     _exclude(run, unit.chain, reader.name, "measure", reason)
@@ -405,7 +407,7 @@ def _measure(
     )
     seed = int(trunk.chain.chain_id[:8], 16) ^ config.seed
     measured = measure_behaviour(
-        trunk, unit.problem, reader.name, plan, paraphrases=unit.paraphrases, donors=donors, seed=seed
+        trunk, unit.problem, reader.name, plan, paraphrases=unit.paraphrases, donors=donors[:SWAP_DONORS], seed=seed
     )
     parts = _mechanism(config, reader, trunk, unit.problem, donors, seed) if isinstance(trunk, Trunk) else {}
     failed = []
@@ -446,7 +448,10 @@ def _mechanism(
         cut = KnockoutPlan(("heads",), ("zeroed",))
         parts["mediation"] = lambda: measure_mediation(trunk, problem, name)
         parts["mediation index"] = lambda: measure_cmi(trunk, donors, name, seed=seed)
-        parts["patching of heads"] = lambda: measure_patching(trunk, problem, name, heads, seed=seed)
+        if not (config.patch_by_head and "z" in config.patch_sites):
+            parts["patching of heads"] = lambda: measure_patching(
+                trunk, problem, name, heads, controls=False, seed=seed
+            )
         parts["attribution patching"] = lambda: measure_attribution_patching(trunk, problem, name, seed=seed)
         parts["knockout of heads"] = lambda: measure_knockout(
             trunk, name, cut, contrast=AnswerContrast.named(trunk, problem.twin_answer), seed=seed
@@ -455,15 +460,19 @@ def _mechanism(
 
 
 def _undefined(measured: Measured) -> list[str]:
-    """A reason for each record whose value is NaN or infinite."""
-    bad = [record for record in measured.records if not np.isfinite(record.value)]
-    return [f"{_where(record)}: value is {record.value}" for record in bad]
+    """What is NaN or infinite: a reason for each measure, variant and metric, with the coordinates of every value."""
+    places: dict[str, list[str]] = {}
+    for record in measured.records:
+        if not np.isfinite(record.value):
+            what = f"{record.measure} {record.variant} {record.metric}: value is {record.value}"
+            places.setdefault(what, []).append(_where(record))
+    return [f"{what} at {'; '.join(where)}" for what, where in places.items()]
 
 
 def _where(record: Record) -> str:
-    names = ("step", "layer", "head", "position", "site", "seed")
-    places = [f"{name} {place}" for name in names if (place := getattr(record, name)) is not None]
-    return " ".join([record.measure, record.variant, *places, record.metric])
+    names = ("step", "layer", "head", "position", "seed")
+    found = {name: value for name in names if (value := getattr(record, name)) is not None}
+    return " ".join(f"{name} {value}" for name, value in found.items()) or "no step or layer"
 
 
 def _meta(unit: str, reader: str, trunk: ChainReader, measured: Measured) -> dict[str, Any]:

@@ -280,8 +280,9 @@ def step_effects(records: Table) -> Table:
 def _middle_patch(cells: Table, keys: list[str]) -> Table:
     if cells.empty:
         return pd.Series(dtype=float)
-    variant = main_patch(cells["variant"])
-    cells = cells[(cells["variant"] == variant) & (cells["layer"] == mid_layer(cells["layer"].tolist()))]
+    main = cells.groupby("chain_id")["variant"].agg(main_patch)
+    cells = cells[cells["variant"] == cells["chain_id"].map(main)]
+    cells = cells[cells["layer"] == mid_layer(cells["layer"].tolist())]
     return cells.groupby(keys)["effect"].mean()
 
 

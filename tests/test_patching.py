@@ -211,9 +211,14 @@ def test_spans_of_other_lengths_are_averaged_and_never_cut() -> None:
             check(t, values(measured.records, f"noise/{name}/z", step=j, layer=layer), t.run.tokens, [edit])
     assert False in lengths
     measured = measure_patching(t, problem(), "A", PatchPlan((1,), parts=("3:7",), sources=("other",)), donors=others)
-    assert "tokens 3:7 cannot be taken from other: it has other tokens" in measured.exclusions[0]
-    measured = measure_patching(t, problem(), "A", PatchPlan((1,), parts=("3:999",)))
-    assert f"the chain's tokens are 0:{len(t.run.tokens)}" in measured.exclusions[0]
+    assert "3:7 cannot be taken from other: it has other tokens" in measured.exclusions[0]
+    measured = measure_patching(t, problem(), "A", PatchPlan((1,), parts=("step", "3:999")))
+    assert measured.exclusions == [
+        f"patching: 3:999 cannot be taken from twin: the chain's tokens are 0:{len(t.run.tokens)}"
+    ]
+    assert {r.step for r in measured.records if r.variant == "noise" and r.metric == "kl"} == {0, 1, 2, 3}
+    one = measure_patching(t, problem(), "A", PatchPlan((1,), sources=("mean",)), donors=others[:1])
+    assert "no other problem's chain but one" in one.exclusions[0]
     assert "no other problem's chain" in measure_patching(t, problem(), "A", PatchPlan(sources=("mean",))).exclusions[0]
 
 
@@ -244,11 +249,71 @@ def test_controls_of_a_patch() -> None:
 
 def test_plans_that_cannot_be_are_refused_with_the_remedy() -> None:
     for options, told in (
+        ({"parts": ("9:9",)}, "9:9 is no part of a chain"),
+        ({"layers": ()}, "name a layer"),
+        ({"window": 0}, "a window of 1 or more"),
         ({"parts": ("steps",)}, "steps is no part of a chain; use step, token"),
         ({"by_head": True}, "resid_pre has no heads; use z, q, k, v, pattern"),
     ):
         with pytest.raises(CotfaithError, match=told):
             PatchPlan(**options)
+
+
+def test_layers_that_are_not_there_and_plans_that_name_a_thing_twice() -> None:
+    t = trunk("llama-gqa")
+    with pytest.raises(CotfaithError, match=r"Layers \[4, -1\] do not exist: 'tiny-llama-gqa' has 0 to 3"):
+        measure_patching(t, problem(), "A", PatchPlan((4, 1, -1)))
+    plan = PatchPlan((1, 1), ("noise", "noise"), ("z", "z"), ("step", "step"), ("twin", "twin"))
+    records = [r for r in measure_patching(t, problem(), "A", plan).records if r.measure == "patching"]
+    keys = [(r.variant, r.step, r.layer, r.head, r.position, r.metric) for r in records]
+    assert len(set(keys)) == len(keys)
+    with pytest.raises(CotfaithError, match="does not exist: the model has layers 0 to 3"):
+        t.run.edited(
+            [[ActivationEdit(Site("pattern", -1), (9,), "knockout", None, (3,))]],
+            n_logits=1,
+            reduce=lambda logits: logits[:, 0],
+        )
+
+
+def test_a_twin_that_says_nothing_or_has_other_steps() -> None:
+    t, p = trunk("llama-gqa"), problem()
+    silent = measure_patching(t, replace(p, twin_answer=None), "A", PatchPlan((1,)))
+    assert {r.variant for r in silent.records if r.metric == "says_source"} == {"denoise"}
+    short = replace(p, twin_steps=p.twin_steps[:3])
+    measured = measure_patching(t, short, "A", PatchPlan((1,), sources=("twin_step",)))
+    assert "the twin has another number of steps" in measured.exclusions[0]
+    measured = measure_patching(t, p, "A", PatchPlan((1,), sources=("twin_step",), parts=("step", "chain")))
+    assert "it alters one step; chain is left out" in measured.exclusions[0]
+
+
+def test_the_random_direction_is_as_long_as_the_patch_of_its_own_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the source: at every token of the step the control moves the residual stream as far as the patch does."""
+    t, layer = trunk("llama-gqa"), 2
+    others = [supplied_chain(t.model, p) for p in people_problems(3, seed=3)]
+    seen: list[list[ActivationEdit]] = []
+    whole = type(t.run).edited
+
+    def spied(self: Any, cells: Any, **read: Any) -> Tensor:
+        seen.extend(cells)
+        return whole(self, cells, **read)
+
+    monkeypatch.setattr(type(t.run), "edited", spied)
+    base = states(t, t.run.tokens, Site("resid_pre", layer))
+    for source in ("twin", "filler", "other", "mean"):
+        seen.clear()
+        plan = PatchPlan((layer,), ("noise",), sources=(source,))  # pyright: ignore[reportArgumentType]
+        records = measure_patching(t, problem(), "A", plan, donors=others).records
+        variant = "norm_matched" if source == "twin" else f"norm_matched/{source}"
+        steps = [r.step for r in records if r.measure == "control" and r.variant == variant]
+        patched = {r.step for r in records if r.measure == "patching" and r.metric == "kl"}
+        assert set(steps) == patched
+        lengths: dict[tuple[int, ...], list[Tensor]] = {}
+        for (edit,) in seen:
+            if edit.op == "replace":
+                lengths.setdefault(edit.positions, []).append((edit.value - base[list(edit.positions)]).norm(dim=-1))
+        for step in steps:
+            patch, control, *_ = lengths[tuple(range(*t.spans.steps[step]))]
+            torch.testing.assert_close(control, patch, atol=1e-4, rtol=1e-4)
 
 
 def test_attribution_patching_is_exact_where_nothing_bends() -> None:
@@ -258,7 +323,7 @@ def test_attribution_patching_is_exact_where_nothing_bends() -> None:
 
     t, p = trunk("llama-mha"), problem()
     records = measure_attribution_patching(t, p, "A").records
-    estimate = {(r.variant, r.layer, r.head, r.step): r.value for r in records if r.metric == "estimate"}
+    estimate = {(r.variant[0], r.layer, r.head, r.step): r.value for r in records if r.metric == "estimate"}
     assert {kind for kind, *_ in estimate} == set(KINDS)
     contrast = AnswerContrast.named(t, p.twin_answer)
     query = t.spans.answer[0] + contrast.index - 1
@@ -296,7 +361,7 @@ def test_estimates_are_the_slopes_of_exact_patches(architecture: str) -> None:
     whole effect is small, and against the plain slope, which is another number."""
     t, p = trunk(architecture), problem()
     measured = measure_attribution_patching(t, p, "A")
-    estimate = {(r.variant, r.layer, r.head, r.step): r.value for r in measured.records if r.metric == "estimate"}
+    estimate = {(r.variant[0], r.layer, r.head, r.step): r.value for r in measured.records if r.metric == "estimate"}
     for kind, layer, head, step in (("v", 1, 2, 1), ("z", 2, 4, 0), ("z", 0, 1, 2)):
         slope = (numeric(t, kind, layer, head, step, 0.02) - numeric(t, kind, layer, head, step, -0.02)) / 0.04
         assert estimate[kind, layer, head, step] == pytest.approx(slope, abs=0.02 * abs(slope) + 2e-3), kind
@@ -327,7 +392,8 @@ def test_estimates_are_the_slopes_of_exact_patches(architecture: str) -> None:
 def test_exact_nodes_and_the_screen_without_one_layer_at_a_time() -> None:
     t, p = trunk("llama-gqa"), problem()
     records = measure_attribution_patching(t, p, "A", seed=3).records
-    value = {(r.variant, r.layer, r.head, r.step, r.metric): r.value for r in records}
+    assert {r.variant for r in records} == {"q/head", "k/kv_head", "v/kv_head", "z/head"}
+    value = {(r.variant[0], r.layer, r.head, r.step, r.metric): r.value for r in records}
     exact = {key: v for key, v in value.items() if key[-1].startswith("exact")}
     assert len({key for key in exact if key[-1] == "exact_top"}) == 20
     assert len({key for key in exact if key[-1] == "exact_random"}) == 40
@@ -372,7 +438,7 @@ def test_the_mediation_index_against_whole_edited_passes() -> None:
         "d_chain": (of_donor.prompt[1], of_donor.cue[0]),
         "d_control": (of_donor.prompt[0] + 4, of_donor.prompt[1]),
     }
-    n = min(b - a for a, b in (*spans.values(), *given.values()))
+    n = min(b - a for a, b in spans.values())
     for first, window in ((0, (0, 1, 2)), (3, (3,))):
         lost = {}
         for name, span in spans.items():

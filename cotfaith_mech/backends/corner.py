@@ -220,22 +220,24 @@ class CornerRun:
         """See `CachedRun.heads_within`: the layers above are passed through too."""
         for cell in cells:
             self._check(cell)
-        site, rows = Site("z", layer), max(1, self.max_tokens // len(self.tokens))
-        found = []
-        for first in range(0, len(cells), rows):
-            part = cells[first : first + rows]
+        site = Site("z", layer)
+
+        def z(part: Sequence[Cell]) -> Tensor:
             edits = [RowEdit(edit, slice(i, i + 1), 0) for i, cell in enumerate(part) for edit in cell]
             with (
                 self._joining({layer: len(part)}, 0, top=layer + 1),
                 hooked(self.model.layout, d_head=self.model.info.d_head, edits=edits, read=[site]) as store,
             ):
                 self._forward(self._row, 0, 1)
-            found.append(store[site].float().cpu())
-        return torch.cat(found)
+            return store[site].float().cpu()
 
-    def head_gradients(self, position: int, scales: Sequence[float], readout: Readout) -> tuple[Tensor, Tensor]:
+        return torch.cat(list(self.model.room.in_parts(z, cells, len(self.tokens), len(self.tokens))))
+
+    def head_gradients(
+        self, position: int, layers: Sequence[int], scales: Sequence[float], readout: Readout
+    ) -> tuple[Tensor, Tensor]:
         """See `CachedRun.head_gradients` and gradients.py."""
-        return head_gradients(self, position, scales, readout)
+        return head_gradients(self, position, layers, scales, readout)
 
     def site_gradients(
         self, sites: Sequence[Site], readout: Readout, *, n_logits: int, dropped: Sequence[int | None] = (None,)
@@ -278,6 +280,9 @@ class CornerRun:
             outside = [p for p in edit.positions if not 0 <= p < len(self.tokens)]
             if outside or not edit.positions:
                 raise CotfaithError(f"{edit}: positions {outside} lie outside the run of {len(self.tokens)} tokens.")
+            if not 0 <= edit.site.layer < self.model.info.n_layers:
+                last = self.model.info.n_layers - 1
+                raise CotfaithError(f"{edit.site} does not exist: the model has layers 0 to {last}.")
 
     def _climb(
         self, start: int, cells: Sequence[Cell], layers: Sequence[int], n_logits: int

@@ -8,7 +8,7 @@ The readout of a batch is summed, rows do not mix, so every row has its own grad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -26,22 +26,17 @@ if TYPE_CHECKING:
 
 
 def head_gradients(
-    run: CornerRun, position: int, scales: Sequence[float], readout: Readout
+    run: CornerRun, position: int, layers: Sequence[int], scales: Sequence[float], readout: Readout
 ) -> tuple[Float[Tensor, "layer scale head d_head"], Float[Tensor, "layer scale"]]:
-    """d readout / d z at `position`, every head's z of one layer scaled by each of `scales`; and the readouts."""
-    n_layers, n_scales = run.model.info.n_layers, len(scales)
-    rows = max(1, run.max_tokens // (2 * (position + 1)))
-    found = [
-        _scaled_rows(run, position, pairs, readout)
-        for pairs in _parts([(layer, scale) for layer in range(n_layers) for scale in scales], rows)
-    ]
+    """d readout / d z at `position`, every head's z of one of `layers` scaled by each of `scales`; and the readouts."""
+    pairs = [(layer, scale) for layer in sorted(layers) for scale in scales]
+
+    def part(chosen: Sequence[tuple[int, float]]) -> tuple[Tensor, Tensor]:
+        return _scaled_rows(run, position, chosen, readout)
+
+    found = run.model.room.in_parts(part, pairs, 2 * (position + 1), position + 1)
     gradients, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return gradients.unflatten(0, (n_layers, n_scales)), values.unflatten(0, (n_layers, n_scales))
-
-
-def _parts(pairs: list[tuple[int, float]], size: int) -> Iterator[list[tuple[int, float]]]:
-    for first in range(0, len(pairs), size):
-        yield pairs[first : first + size]
+    return tuple(each.unflatten(0, (len(layers), len(scales))) for each in (gradients, values))  # pyright: ignore[reportReturnType]
 
 
 def _scaled_rows(
@@ -85,19 +80,29 @@ def site_gradients(
     seen: dict[Site, Tensor] = {}
     closed: list[int | None] = [None]
     layout, d_head = run.model.layout, run.model.info.d_head
-    with ExitStack() as stack, torch.enable_grad():
-        for site in sites:
-            _keep(stack, layout, site, seen)
-        stack.callback(layout.layers[0].layer.register_forward_pre_hook(_rooted, with_kwargs=True).remove)
-        for number, modules in enumerate(layout.layers):
-            for module in (modules.attn_out, modules.mlp_out):
-                stack.callback(module.register_forward_hook(_gate(closed, number)).remove)
-        logits = run.model.weights.model(input_ids=run._row, use_cache=False, logits_to_keep=n_logits).logits
-        total = readout(logits.float()).sum()
+
+    def forward() -> Tensor:
+        with ExitStack() as stack, torch.enable_grad():
+            for site in sites:
+                _keep(stack, layout, site, seen)
+            stack.callback(layout.layers[0].layer.register_forward_pre_hook(_rooted, with_kwargs=True).remove)
+            for number, modules in enumerate(layout.layers):
+                for module in (modules.attn_out, modules.mlp_out):
+                    stack.callback(module.register_forward_hook(_gate(closed, number)).remove)
+            logits = run.model.weights.model(input_ids=run._row, use_cache=False, logits_to_keep=n_logits).logits
+            return readout(logits.float()).sum()
+
+    def alone(compute: Callable[[], Any]) -> Any:
+        return run.model.room.attempt(compute, parts=1, tokens=len(run.tokens), length=len(run.tokens))
+
+    total = alone(forward)
     for number, layer in enumerate(dropped):
         closed[0] = layer
-        gradients = torch.autograd.grad(
-            total, [seen[site] for site in sites], retain_graph=number < len(dropped) - 1, allow_unused=True
+        last = number == len(dropped) - 1
+        gradients = alone(
+            lambda last=last: torch.autograd.grad(
+                total, [seen[site] for site in sites], retain_graph=not last, allow_unused=True
+            )
         )
         yield {
             site: torch.zeros_like(heads_view(seen[site][0], d_head)) if g is None else heads_view(g[0], d_head).float()

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +69,18 @@ class Room:
     def cost(self, suffix: int, length: int, n_logits: int = 0) -> int:
         """Tokens of room that one row takes, of `suffix` own tokens, `length` keys and `n_logits` positions read."""
         return max(suffix, length // KEYS_A_TOKEN, n_logits * self.info.vocab // LOGITS_A_TOKEN)
+
+    def in_parts(
+        self, compute: Callable[[Sequence[Any]], Made], rows: Sequence[Any], tokens_a_row: int, length: int
+    ) -> Iterator[Made]:
+        """What `compute` makes of all `rows`, as many of them at a time as there is room for."""
+        done = 0
+        while done < len(rows):
+            part = rows[done : done + max(1, self.tokens // tokens_a_row)]
+            made = self.attempt(partial(compute, part), parts=len(part), tokens=len(part) * tokens_a_row, length=length)
+            if made is not None:
+                done += len(part)
+                yield made
 
     def attempt(self, compute: Callable[[], Made], *, parts: int, tokens: int, length: int) -> Made | None:
         """What `compute` makes, or None where memory ran out: the room is then half of the `tokens` tried, so that the
