@@ -79,11 +79,13 @@ COMPLETENESS = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}
 
 def _record_checks(records: Any, dtype: str) -> list[dict[str, Any]]:
     checks = []
-    for measure, metric, name, threshold in (
-        ("control", "max_abs_diff", "self_patch", 0.0),
-        ("attribution", "completeness_error", "direct contributions sum to the logit difference", COMPLETENESS[dtype]),
+    sums = "direct contributions sum to the logit difference"
+    for measure, variant, metric, name, threshold in (
+        ("control", "self_patch", "max_abs_diff", "self_patch", 0.0),
+        ("attribution", "direct", "completeness_error", sums, COMPLETENESS[dtype]),
     ):
-        values = records[(records.measure == measure) & (records.metric == metric)].value
+        of_measure = records[(records.measure == measure) & (records.variant == variant)]
+        values = of_measure[of_measure.metric == metric].value
         if len(values):
             worst = float(values.max(skipna=False))
             row = {"check": f"records/{name}", "value": worst, "threshold": threshold, "passed": worst <= threshold}
