@@ -29,7 +29,7 @@ from ..errors import CotfaithError
 from ..model import Branch, CachedRun, Ids, ModelInfo, Reduce, Then
 from ..sites import ActivationEdit, Site
 from .forest import Batch, packed
-from .hooks import RowEdit, hooked
+from .hooks import RowEdit, hooked, sent
 from .shadows import Shadow, is_zeroed, shadowed, shadowed_edits
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ class CornerRun:
             ),
         ):
             logits = self._forward(self._row[:, start:], start, n_logits, cache)
-        return logits[[row_of[i] for i in range(len(cells))]]
+        return logits[sent(torch.tensor([row_of[i] for i in range(len(cells))]), logits.device)]
 
     def _forward(
         self,
