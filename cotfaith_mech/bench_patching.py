@@ -150,13 +150,19 @@ def peers_of(model: Model, backends: Mapping[str, Model], work: Work, reduce: Re
 
 
 def timed(times: list[float], run: Callable[[], Tensor]) -> Tensor:
-    """What `run` gives; its seconds are appended to `times`."""
+    """What `run` gives; its seconds, a GPU's work included, are appended to `times`."""
+    synchronise()
     started = time.perf_counter()
     result = run()
-    if result.is_cuda:
-        torch.cuda.synchronize()
+    synchronise()
     times.append(time.perf_counter() - started)
     return result
+
+
+def synchronise() -> None:
+    """Wait for the GPU, where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def matmul_rate(model: Model) -> float:

@@ -35,11 +35,11 @@ def draw(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
     """Seconds a cell against chain length, both on logarithmic axes."""
     for number, (peer, label) in enumerate(PEERS.items(), 1):
         own = sorted((row for row in rows if row["peer"] == peer), key=lambda row: row["tokens"])
-        line = {"color": READER_COLOURS[number], "marker": READER_MARKERS[number]}
+        line: dict[str, Any] = {"color": READER_COLOURS[number], "marker": READER_MARKERS[number]}
         axes.plot([r["tokens"] for r in own], [r["peer_cell_s"] for r in own], label=label, **line)
     ours = sorted((row for row in rows if row["peer"] == "transformer_lens"), key=lambda row: row["tokens"])
     lengths = [row["tokens"] for row in ours]
-    line = {"color": READER_COLOURS[0], "marker": READER_MARKERS[0]}
+    line: dict[str, Any] = {"color": READER_COLOURS[0], "marker": READER_MARKERS[0]}
     axes.plot(lengths, [row["ours_cell_s"] for row in ours], label="this engine", **line)
     bound = [row["bound_s"] / row["cells"] for row in ours]
     axes.plot(lengths, bound, label="its arithmetic alone", color="#555555", linestyle="--")

@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.backends.weights import Weights
 from cotfaith_mech.bench_cells import BenchChain
-from cotfaith_mech.bench_patching import Work, peers_of, top_two_difference, work_of
+from cotfaith_mech.bench_patching import Work, peers_of, timed, top_two_difference, work_of
 from cotfaith_mech.model import CachedRun, Reduce, same_weights
 
 LLAMA_3_8B = {
@@ -75,7 +74,7 @@ def random_chain(vocab: int, n_tokens: int, n_steps: int) -> BenchChain:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(2, vocab, (n_tokens,), generator=generator)
     edges = torch.linspace(0, n_tokens, n_steps + 3).round().int().tolist()
-    steps = tuple(zip(edges[1:-2], edges[2:-1], strict=True))
+    steps = tuple(pairwise(edges[1:-1]))
     twin = tokens.clone()
     for first, end in steps:
         twin[(first + end) // 2] = (twin[(first + end) // 2] + 7) % vocab
@@ -114,11 +113,11 @@ def profile(model: HuggingFaceModel, chain: BenchChain, rounds: int, sample: int
     sweep(run, work, reduce)
     for _ in range(rounds):
         reset_peak(model.info.device)
-        results["ours"] = timed(times["ours"], lambda: sweep(run, work, reduce), model.info.device)
+        results["ours"] = timed(times["ours"], lambda: sweep(run, work, reduce))
         engine_memory = max(engine_memory, peak(model.info.device))
         for name, patch in peers.items():
             ask = lambda patch=patch: patch(work.cells(work.few)).flatten()  # noqa: E731
-            results[name] = timed(times[name], ask, model.info.device).float().cpu()
+            results[name] = timed(times[name], ask).float().cpu()
     found = {
         **setting(model, chain, work),
         "rounds": rounds,
@@ -144,14 +143,12 @@ def setting(model: HuggingFaceModel, chain: BenchChain, work: Work) -> dict[str,
     """What was measured on: device, versions, shape, chain."""
     name = torch.cuda.get_device_name() if model.info.device.startswith("cuda") else "cpu"
     libraries = ("torch", "transformers", "transformer-lens", "nnsight")
-    shape = {
-        key: getattr(model.info, key) for key in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "vocab")
-    }
+    shape = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "vocab")
     return {
         "device": name,
         "dtype": model.info.dtype,
         "versions": {library: version(library) for library in libraries},
-        "shape": shape,
+        "shape": {name: getattr(model.info, name) for name in shape},
         "tokens": len(chain.tokens),
         "steps": len(chain.steps),
         "cells": len(work.flops),
@@ -183,20 +180,11 @@ def goals(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def timed(times: list[float], run: Callable[[], torch.Tensor], device: str) -> torch.Tensor:
-    synchronise(device)
-    started = time.perf_counter()
-    result = run()
-    synchronise(device)
-    times.append(time.perf_counter() - started)
-    return result
-
-
 def base_runs(model: HuggingFaceModel, chain: BenchChain, rounds: int) -> list[float]:
     """Seconds of the base run itself, which a profile needs once for itself and once for its source."""
     times: list[float] = []
     for _ in range(rounds):
-        timed(times, lambda: model.cached_run(chain.tokens).logits(1), model.info.device)
+        timed(times, lambda: model.cached_run(chain.tokens).logits(1))
     return [2 * seconds for seconds in times]
 
 
@@ -206,7 +194,7 @@ def square_matmul_rate(device: str) -> float:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times: list[float] = []
     for _ in range(13):
-        timed(times, lambda: a @ b, device)
+        timed(times, lambda: a @ b)
     return 2 * n**3 / statistics.median(times[3:])
 
 
@@ -222,11 +210,6 @@ def host_waits(device: str, run: CachedRun, work: Work, reduce: Reduce) -> int |
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in seen)
-
-
-def synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def reset_peak(device: str) -> None:

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -84,6 +85,7 @@ def run(setting: Setting, chain: BenchChain, work: Work, reduce: Reduce) -> None
 def row(setting: Setting, first: Setting, work: Work, asked: argparse.Namespace) -> dict[str, object]:
     seconds, rate = statistics.median(setting.times), statistics.median(setting.rates)
     flops = sum(work.flops[i] for i in work.timed)
+    ranks: Any = spearmanr(setting.result, first.result)
     return {
         "setting": setting.name,
         "tokens": asked.tokens,
@@ -98,7 +100,7 @@ def row(setting: Setting, first: Setting, work: Work, asked: argparse.Namespace)
         "max_abs_diff": float((setting.result - first.result).abs().max()),
         "median_abs_diff": float((setting.result - first.result).abs().median()),
         "range_of_cells": float(first.result.max() - first.result.min()),
-        "rank_correlation": float(spearmanr(setting.result, first.result).statistic),
+        "rank_correlation": float(ranks.statistic),
         "cpu_flags": [flag for flag in FLAGS if flag in Path("/proc/cpuinfo").read_text()],
     }
 
