@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ def patching(
         ).flatten()
         for peer, patch in peers.items():
             results[peer] = timed(times[peer], lambda patch=patch: patch(work.cells(work.few))).flatten()
-        times["rate"].append(matmul_rate(model))
+            times["rate"].append(matmul_rate(model))
     return [_row(model, work, peer, times, results, rounds) for peer in peers]
 
 
@@ -120,6 +121,7 @@ def _row(
         "bound_ratio": peer_s * rate / flops,
         "device": model.info.device,
         "dtype": model.info.dtype,
+        "load_average": os.getloadavg()[0],
         "ours_times_s": times["ours"],
         "peer_times_s": times[peer],
     }
@@ -166,11 +168,12 @@ def synchronise() -> None:
 
 
 def matmul_rate(model: Model) -> float:
-    """FLOPs a second of `nn.functional.linear` on 512 tokens and a projection of the model's MLP, median of 30."""
+    """FLOPs a second of `nn.functional.linear` on 512 tokens and a projection of the model's MLP, the median over half a
+    second of them."""
     weight: Any = model.weights.model.get_decoder().layers[0].mlp.up_proj.weight
     x = torch.randn(RATE_TOKENS, weight.shape[1], device=weight.device, dtype=weight.dtype)
     times: list[float] = []
-    for _ in range(30):
+    while sum(times) < 0.5:
         timed(times, lambda: torch.nn.functional.linear(x, weight))
     return 2 * RATE_TOKENS * weight.numel() / statistics.median(times)
 

@@ -162,3 +162,15 @@ def test_goals_of_the_gpu_benchmark(device: str) -> None:
     met = {name: row["met"] for name, row in script("bench_gpu").goals(found).items()}
     on_gpu = {"ratio_to_transformer_lens": True, "share_of_matmul_rate": False, "seconds_at_most": True}
     assert met == (on_gpu if device != "cpu" else dict.fromkeys(on_gpu))
+
+
+SETS = ("patch_layer_token", "patch_layer_step", "patch_head_step", "knockout_matrix")
+
+
+def test_the_committed_measurements_are_complete_and_drawn(tmp_path: Path) -> None:
+    rows = json.loads((ROOT / "experiments" / "results" / "bench_cpu.json").read_text())["rows"]
+    wanted = {(name, n, peer) for name in SETS for n in (75, 150, 300, 600) for peer in script("bench_figure").PEERS}
+    assert wanted <= {(row["name"], row["tokens"], row["peer"]) for row in rows}
+    assert all(row["max_abs_diff"] < 1e-4 and row["rounds"] >= 2 for row in rows)
+    script("bench_figure").main("", str(tmp_path / "bench.png"))
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
