@@ -168,8 +168,7 @@ def synchronise() -> None:
 
 
 def matmul_rate(model: Model) -> float:
-    """FLOPs a second of `nn.functional.linear` on 512 tokens and a projection of the model's MLP, the median over half a
-    second of them."""
+    """FLOPs a second of `nn.functional.linear`, 512 tokens through a projection of the MLP; median over .5 s."""
     weight: Any = model.weights.model.get_decoder().layers[0].mlp.up_proj.weight
     x = torch.randn(RATE_TOKENS, weight.shape[1], device=weight.device, dtype=weight.dtype)
     times: list[float] = []
