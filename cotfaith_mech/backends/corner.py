@@ -31,7 +31,7 @@ from ..sites import ActivationEdit, Site
 from .forest import Batch, packed
 from .gradients import head_gradients, site_gradients
 from .grouping import grouped
-from .hooks import RowEdit, hooked
+from .hooks import RowEdit, hooked, sent
 from .memory import KEYS_A_TOKEN, Kept, Recording
 from .shadows import Shadow, is_replaced, is_zeroed, shadowed, shadowed_edits
 
@@ -309,7 +309,7 @@ class CornerRun:
             ),
         ):
             logits = self._forward(self._row[:, start:], start, n_logits, cache)
-        return logits[[row_of[i] for i in range(len(cells))]]
+        return logits[sent(torch.tensor([row_of[i] for i in range(len(cells))]), logits.device)]
 
     def _forward(
         self,

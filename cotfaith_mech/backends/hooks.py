@@ -189,8 +189,7 @@ def _editor(row_edit: RowEdit, fired: set[int], number: int) -> Callable[[Tensor
 def apply_edit(tensor: Tensor, row_edit: RowEdit) -> None:
     """Assign `row_edit` into `tensor` `[row, pos, *width]` of the running pass, in place."""
     edit = row_edit.edit
-    positions = torch.tensor(edit.positions, device=tensor.device) - row_edit.offset
-    index: Any = (row_edit.rows, positions)
+    index: Any = (row_edit.rows, _places(edit.positions, row_edit.offset, tensor))
     if edit.site.head is not None:
         index = (*index, edit.site.head)
     if edit.op == "zero":
@@ -202,6 +201,25 @@ def apply_edit(tensor: Tensor, row_edit: RowEdit) -> None:
             f"{edit}: value has shape {tuple(value.shape)}, the site needs {tuple(tensor[index].shape[1:])}."
         )
     tensor[index] = value if edit.op == "replace" else tensor[index] + value
+
+
+def _places(positions: Sequence[int], offset: int, tensor: Tensor) -> slice | Tensor:
+    """Index of `positions` in `tensor` `[row, pos, *width]` of a pass that begins at `offset`.
+
+    A slice, which needs no copy to the device, where they lie inside and follow one another.
+    """
+    places = [position - offset for position in positions]
+    first, end = places[0], places[0] + len(places)
+    if first >= 0 and end <= tensor.shape[1] and places == list(range(first, end)):
+        return slice(first, end)
+    return sent(torch.tensor(places), tensor.device)
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor`, made on the host, on `device`; from pinned memory to a GPU, so that the host does not wait for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _reader(store: dict[Site, Tensor], site: Site, keep: Callable[[Site, Tensor], Tensor]) -> Callable[[Tensor], None]:
@@ -238,7 +256,7 @@ def cut_mask(cuts: Sequence[RowEdit], hidden: Tensor, mask: Tensor | None, n_hea
         edges[np.ix_(queries - offset, keys)] = True
         edges[queries - offset, queries] = False
         blocked[cut.rows, heads] |= edges
-    forbidden = torch.from_numpy(blocked).to(hidden.device)
+    forbidden = sent(torch.from_numpy(blocked), hidden.device)
     if mask is None:
         queries = torch.arange(n_query, device=hidden.device)[:, None] + offset
         mask = (queries >= torch.arange(n_key, device=hidden.device))[None, None]
