@@ -20,7 +20,7 @@ ORDER = [
     "variants endpoint",
     "behaviour contrast trace",
     "patching knockout mediation crossmodel",
-    "config attribution attribution_patching crosscheck outcomes bench doctor",
+    "config attribution attribution_patching crosscheck outcomes bench bench_cells bench_patching doctor",
     "compare bridge",
     "views figure_style chain_figures figures",
     "report",
