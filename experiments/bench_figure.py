@@ -15,7 +15,8 @@ from cotfaith_mech.figures import PAPER_WIDTH, READER_COLOURS, READER_MARKERS, S
 
 ROOT = Path(__file__).resolve().parents[1]
 PANELS = {"patch_layer_token": "a  one position, every layer", "patch_layer_step": "b  one step, every layer"}
-PEERS = {"transformer_lens": "TransformerLens", "nnsight": "nnsight, 16 invokes", "plain_hooks": "plain hooks"}
+PEERS = {"transformer_lens": "TransformerLens", "nnsight": "nnsight", "plain_hooks": "plain hooks"}
+SECONDS = (0.03, 0.1, 0.3, 1)
 
 
 def main(source: str = "", target: str = "") -> None:
@@ -45,6 +46,7 @@ def draw(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
     axes.plot(lengths, bound, label="its arithmetic alone", color="#555555", linestyle="--")
     axes.set(title=title, xlabel="tokens of the chain", xscale="log", yscale="log")
     axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.set_yticks(SECONDS, [f"{seconds:g}" for seconds in SECONDS])
     axes.minorticks_off()
 
 
