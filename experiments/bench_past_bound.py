@@ -96,6 +96,7 @@ def row(setting: Setting, first: Setting, work: Work, asked: argparse.Namespace)
         "cells": len(work.timed),
         "rounds": asked.rounds,
         "s": seconds,
+        "times_s": setting.times,
         "cell_s": seconds / len(work.timed),
         "speed_against_float32": statistics.median(first.times) / seconds,
         "matmul_flops_per_s": rate,

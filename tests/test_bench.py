@@ -169,7 +169,12 @@ SETS = ("patch_layer_token", "patch_layer_step", "patch_head_step", "knockout_ma
 
 def test_the_committed_measurements_are_what_the_figure_draws(tmp_path: Path) -> None:
     rows = json.loads((ROOT / "experiments" / "results" / "bench_cpu.json").read_text())["rows"]
-    wanted = {(name, n, peer) for name in script("bench_figure").PANELS for n in (75, 150, 300, 600) for peer in script("bench_figure").PEERS}
+    wanted = {
+        (name, n, peer)
+        for name in script("bench_figure").PANELS
+        for n in (75, 150, 300, 600)
+        for peer in script("bench_figure").PEERS
+    }
     assert wanted <= {(row["name"], row["tokens"], row["peer"]) for row in rows}
     assert all(row["max_abs_diff"] < 1e-4 and row["rounds"] >= 2 for row in rows)
     script("bench_figure").main("", str(tmp_path / "bench.png"))
