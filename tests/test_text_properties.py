@@ -282,11 +282,9 @@ def test_supplied_paraphrases_with_another_number_are_left_out(told, seed):
 
 
 def values_of(text):
-    """Sizes of the numbers of a text whose commas are thousands, in a reading of our own."""
-    return {
-        Fraction(run.replace(",", ""))
-        for run in re.findall(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?", text)
-    }
+    """Sizes of the numbers of a text whose commas are thousands, in a reading of our own; '.2' is a fifth."""
+    number = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+    return {Fraction(run.replace(",", "")) for run in re.findall(number, text)}
 
 
 def assert_one_place(chain, made):
