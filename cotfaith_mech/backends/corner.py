@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..errors import CotfaithError
 from ..model import Branch, CachedRun, Ids, ModelInfo, Readout, Reduce, Then
 from ..sites import ActivationEdit, Site
+from .answer_rows import answer_rows, compact
 from .forest import Batch, packed
 from .gradients import head_gradients, site_gradients
 from .grouping import grouped
@@ -298,6 +299,7 @@ class CornerRun:
         d_head, cache = self.model.info.d_head, self._frozen(start)
         with (
             self._joining(Counter(layers), start),
+            answer_rows(self.model.layout, n_logits, cells),
             shadowed(
                 self.model.layout,
                 shadows,
@@ -324,9 +326,13 @@ class CornerRun:
             cache = self._frozen(start)
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-        return self.model.weights.model(
-            input_ids=tokens, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=keep
-        ).logits
+        compacted = self.model.layout.unembed.register_forward_pre_hook(compact)
+        try:
+            return self.model.weights.model(
+                input_ids=tokens, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=keep
+            ).logits
+        finally:
+            compacted.remove()
 
     def _frozen(self, start: int, keeps: bool = False) -> Cache:
         return Cache(layers=[_FrozenPrefix(keys, values, start, keeps) for keys, values in self._keys_values])

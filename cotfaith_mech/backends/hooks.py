@@ -29,6 +29,7 @@ class LayerModules:
     attention: Any
     attn_out: nn.Module
     mid_norm: nn.Module
+    mlp: nn.Module
     mlp_out: nn.Module
     window: int | None
 
@@ -67,9 +68,14 @@ def _layer_modules(layer: Any) -> LayerModules:
     window = getattr(attention.config, "sliding_window", None)
     window = getattr(attention, "sliding_window", window)
     if hasattr(layer, "pre_feedforward_layernorm"):
-        norms = (layer.post_attention_layernorm, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm)
-        return LayerModules(layer, attention, *norms, window)
-    return LayerModules(layer, attention, attention, layer.post_attention_layernorm, layer.mlp, window)
+        attn_out, mid_norm, mlp_out = (
+            layer.post_attention_layernorm,
+            layer.pre_feedforward_layernorm,
+            layer.post_feedforward_layernorm,
+        )
+    else:
+        attn_out, mid_norm, mlp_out = attention, layer.post_attention_layernorm, layer.mlp
+    return LayerModules(layer, attention, attn_out, mid_norm, layer.mlp, mlp_out, window)
 
 
 @torch.no_grad()
