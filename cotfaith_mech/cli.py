@@ -268,6 +268,32 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def validate(
+    full: Annotated[bool, typer.Option("--full", help="Everything, at its full size; hours.")] = False,
+    seed: Annotated[int, typer.Option(help="Of problems and resampling.")] = 11,
+    out: Annotated[Path | None, typer.Option(help="Also keep the certificate in this JSON file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Do the scores say what is true of models whose truth is known? Minutes. Example: cotfaith validate --json"""
+    from .validation.certificate import FULL, QUICK, certificate, checks, in_words
+
+    found = []
+    with _bars(as_json) as progress:
+        for check in checks(FULL if full else QUICK, progress, seed):
+            found.append(check)
+            if not as_json:
+                mark = {True: "ok ", False: "NO ", None: "   "}[check.passed]
+                limit = "" if check.threshold is None else f" ({check.threshold:g})"
+                typer.echo(f"{mark} {check.check:72} {check.value:8.3f}{limit}  {check.note}")
+    known = certificate(found, full)
+    if out is not None:
+        out.write_text(json.dumps(known, indent=1) + "\n")
+    typer.echo(json.dumps(known) if as_json else in_words(known))
+    if known["failed"]:
+        raise SystemExit(1)
+
+
+@app.command()
 def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the ratio is that of the medians.")] = 3,
     tokens: Annotated[

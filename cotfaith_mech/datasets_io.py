@@ -22,6 +22,7 @@ from .arithmetic import people_problems, word_problems
 from .errors import CotfaithError
 from .formats import TEMPLATES, Entry, Format, Origin, Row, check_template, detect, of_row
 from .inspect_logs import is_log, read_log
+from .organisms.rules import organism_problems
 from .problems import Problem
 
 _GENERATORS = {"people": people_problems, "arithmetic": word_problems}
@@ -33,7 +34,7 @@ def read_problems(
 ) -> tuple[list[Problem], list[dict[str, str]]]:
     """Problems of `source`, and what was left out as `{"problem_id", "row", "reason"}`.
 
-    `source`: 'people:16' or 'arithmetic:24' (built-in generators; 'people:16:7' fixes the seed), a file, or a hub
+    `source`: 'people:16', 'arithmetic:24' or 'organism:mix_050:16' (built-in generators; 'people:16:7' fixes the seed), a file, or a hub
     name 'owner/name', 'owner/name:split', 'owner/name:config:split' (split 'test' where none is given). `limit` keeps
     that many problems: the first ones, or with a `seed` random ones in file order; rows that were not looked at are
     no exclusions. `template` lays out the question from {context}, {question} and {choices} in place of the format's
@@ -44,7 +45,7 @@ def read_problems(
         raise CotfaithError(f"limit={limit} would leave no problem; give 1 or more, or leave it out.")
     if template is not None:
         check_template(template)
-    if source.split(":")[0] in _GENERATORS and not Path(source).exists():
+    if source.split(":")[0] in (*_GENERATORS, "organism") and not Path(source).exists():
         return _generated(source, seed)[:limit], []
     entries = _file_entries(Path(source)) if Path(source).is_file() else _hub_entries(source)
     form = detect([entry.row for entry in entries if entry.row is not None], source)
@@ -52,6 +53,14 @@ def read_problems(
 
 
 def _generated(source: str, seed: int | None) -> list[Problem]:
+    if source.startswith("organism:"):
+        match = re.fullmatch(r"organism:(\w+):(\d+)(?::(\d+))?(?::(\d))?", source)
+        if match is None or int(match[2]) < 1:
+            raise CotfaithError(
+                f"{source!r} asks for no problems; write it like 'organism:mix_050:16', 'organism:mix_050:16:7' (with "
+                "seed) or 'organism:mix_050:16:7:4' (with 4 steps)."
+            )
+        return organism_problems(match[1], int(match[2]), int(match[3] or seed or 0), int(match[4] or 0) or None)
     match = re.fullmatch(r"(\w+):(\d+)(?::(\d+))?", source)
     if match is None or int(match[2]) < 1:
         raise CotfaithError(f"{source!r} asks for no problems; write it like 'people:16' or 'people:16:7' (with seed).")

@@ -51,6 +51,13 @@ PACKAGES = ("cotfaith-mech", "torch", "transformers", "transformer-lens", "nnsig
 
 def run_study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> RunDirectory:
     """Run what is missing of `config` in the run directory `out`, then estimate, draw and report."""
+    run = measure_study(config, out, progress)
+    conclude(run, progress)
+    return run
+
+
+def measure_study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> RunDirectory:
+    """The records of what is missing of `config` in the run directory `out`, and nothing concluded from them."""
     run, problems, manifest = _begin(config, out)
     model: TextReader | None = None
     for reader in config.readers:
@@ -68,7 +75,6 @@ def run_study(config: StudyConfig, out: str | Path, progress: Progress = silent)
     _write_manifest(run, manifest)
     if config.cross_model:
         _run_pairs(config, problems, run, progress)
-    conclude(run, progress)
     return run
 
 

