@@ -275,7 +275,8 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Do the scores say what is true of models whose truth is known? Minutes. Example: cotfaith validate --json"""
-    from .validation.certificate import FULL, QUICK, certificate, checks, in_words
+    from .certificate import certificate, in_words
+    from .validation.suite import FULL, QUICK, checks
 
     found = []
     with _bars(as_json) as progress:

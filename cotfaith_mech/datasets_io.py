@@ -34,11 +34,11 @@ def read_problems(
 ) -> tuple[list[Problem], list[dict[str, str]]]:
     """Problems of `source`, and what was left out as `{"problem_id", "row", "reason"}`.
 
-    `source`: 'people:16', 'arithmetic:24' or 'organism:mix_050:16' (built-in generators; 'people:16:7' fixes the seed), a file, or a hub
-    name 'owner/name', 'owner/name:split', 'owner/name:config:split' (split 'test' where none is given). `limit` keeps
-    that many problems: the first ones, or with a `seed` random ones in file order; rows that were not looked at are
-    no exclusions. `template` lays out the question from {context}, {question} and {choices} in place of the format's
-    own (`formats.TEMPLATES`); generators and chains of a run come with their whole text and take none.
+    `source`: 'people:16', 'arithmetic:24' or 'organism:mix_050:16' (built-in generators; 'people:16:7' fixes the
+    seed), a file, or a hub name 'owner/name', 'owner/name:split', 'owner/name:config:split' (split 'test' where none is
+    given). `limit` keeps that many problems: the first ones, or with a `seed` random ones in file order; rows that were
+    not looked at are no exclusions. `template` lays out the question from {context}, {question} and {choices} in place
+    of the format's own (`formats.TEMPLATES`); generators and chains of a run come with their whole text and take none.
     Raises CotfaithError when the source is not found, no row has a known format, or the template does not suit.
     """
     if limit is not None and limit < 1:

@@ -1,12 +1,13 @@
-"""Train the organisms, and write the ones whose route is known by hand: python experiments/train_organisms.py [NAME ...]
+"""Train the organisms, models whose reliance on the chain is known: python experiments/train_organisms.py [NAME ...]
 
-Each trained organism is a Llama of 3 layers, d_model 64, 4 query heads on 2 key and value heads, with a tokenizer that
-has one token a word and number. It sees situations whole, cut short, filled, rephrased, with mistakes, under notes that
-agree and that do not, and learns at the cue what its rule (cotfaith_mech/organisms/rules.py) answers; a rule that leaves
-the answer open is taught a random number. All begin as one beginner, which has learned to look up a name. The writer learns to write the chain too. Plain AdamW, float32, one seed each;
-weights are kept in float16. What comes out is measured by `cotfaith validate`, never chosen by it: every first training
-is shipped.
-About 12 minutes on two CPU cores.
+Each is a Llama of 3 layers, d_model 64, 4 query heads on 2 key and value heads, with a tokenizer that has one token a
+word and number. It sees situations whole, cut short, filled, rephrased, with mistakes, under notes that agree and that
+do not, and learns at the cue what its rule (cotfaith_mech/organisms/rules.py) answers, as a distribution; what a rule
+leaves open is spread over all numbers. All begin as one beginner, which has learned to look up a name. The writer
+learns to write the chain too. Plain AdamW, float32, one seed each; weights are kept in float16.
+The recipe was changed once after its organisms had been measured: answers drawn from the rule, over 600 batches, left
+mixtures up to .17 off their weight. Those of the recipe below are the first of theirs.
+About 16 minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +30,37 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from cotfaith_mech.backends.weights import hash_parameters
-from cotfaith_mech.organisms.rules import ORGANISMS, Answers, Organism, organism
+from cotfaith_mech.organisms.rules import ORGANISMS, Organism, organism
 from cotfaith_mech.organisms.situations import MARKS, NAMES, OPENINGS, Fact, Family, Situation, rephrased
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "cotfaith_mech" / "organisms" / "weights"
 Lessons = tuple[torch.Tensor, torch.Tensor]
+"""Tokens `[row, pos]`, and what is to come after each `[row, pos, word]`."""
 FILLERS = ("...", "--", "hmm")
 POOL, BATCH, WARMUP, LR, CLIP = 40_000, 96, 50, 3e-3, 1.0
-PAIR_STEPS, CUE_STEPS, STEPS = 1200, 400, 600
+PAIR_STEPS, CUE_STEPS, STEPS = 1200, 400, 1200
+PROCESSES = 2
 NUMBERS = 4
 """The token of 0; 1 follows it."""
-WORDS = "The note says How many coins to give Give hand Hand So and We know Now see".split()
+WORDS = [
+    "The",
+    "note",
+    "says",
+    "How",
+    "many",
+    "coins",
+    "to",
+    "give",
+    "Give",
+    "hand",
+    "Hand",
+    "So",
+    "and",
+    "We",
+    "know",
+    "Now",
+    "see",
+]
 MARKS_OF_TEXT = [".", ",", "?", ":"]
 
 
@@ -113,18 +136,18 @@ def _edited(family: Family, whole: Situation, rng: np.random.Generator) -> list[
 
 @dataclass(frozen=True)
 class Lesson:
-    """Tokens of a text up to its cue, and the answers to it with their probabilities; or (`answers` None) a chain to be
+    """Tokens of a text up to its cue, and the probability of each word as the answer; or (`answers` None) a text to be
     written, from token `learned_from` on."""
 
     tokens: list[int]
-    answers: Answers | None
+    answers: torch.Tensor | None
     learned_from: int = 0
 
 
 def lessons(one: Organism, words: Any, rng: np.random.Generator) -> list[Lesson]:
     seen = pool(one.family, rng)
     texts = words([f"<bos>{s.question_text}\n{''.join(s.steps_text)}{s.cue}" for s in seen])["input_ids"]
-    learned = [Lesson(tokens, one.rule(s)) for tokens, s in zip(texts, seen, strict=True)]
+    learned = [Lesson(tokens, distribution(one, s, len(words))) for tokens, s in zip(texts, seen, strict=True)]
     if one.writes:
         whole = [one.family.draw(rng, int(rng.integers(2, 6))) for _ in range(POOL)]
         noted = [replace(s, note=one.gold(s)) for s in whole]
@@ -155,39 +178,38 @@ def pairs(rng: np.random.Generator, n_words: int) -> Lessons:
     order = np.stack([rng.permutation(n) for _ in range(BATCH)]) if permuted else np.tile(np.arange(n), (BATCH, 1))
     tokens = torch.from_numpy(np.concatenate([words, np.take_along_axis(words, order[:, :, None], 1)], 1)).flatten(1)
     tokens = tokens[:, int(rng.integers(2)) * (not permuted) :]
-    labels = tokens.clone()
-    labels[:, : tokens.shape[1] // 2 + 1] = -100
+    wanted = torch.nn.functional.one_hot(tokens, n_words).float().roll(-1, 1)
+    wanted[:, : tokens.shape[1] // 2] = wanted[:, -1] = 0
     if permuted:
-        labels[:, ::2] = -100
-    return tokens, labels
+        wanted[:, 1::2] = 0
+    return tokens, wanted
 
 
-def batch(
-    one: Organism | None, words: Any, learned: Sequence[Lesson], rng: np.random.Generator
-) -> Lessons:
-    """Tokens, padded on the right, and labels: -100 wherever nothing is learned."""
+def batch(words: Any, learned: Sequence[Lesson], rng: np.random.Generator) -> Lessons:
+    """Tokens, padded on the right, and the distribution to be learned after each; 0 where nothing is learned."""
     chosen = [learned[i] for i in rng.integers(len(learned), size=BATCH)]
     tokens = torch.zeros(BATCH, max(len(lesson.tokens) for lesson in chosen) + 2, dtype=torch.long)
-    labels = torch.full_like(tokens, -100)
+    wanted = torch.zeros(*tokens.shape, len(words))
     for i, lesson in enumerate(chosen):
         row, first = [*lesson.tokens], lesson.learned_from
-        if lesson.answers is not None and one is not None:
-            first = len(row)
-            row.append(NUMBERS + target(one, lesson.answers, rng))
+        if lesson.answers is not None:
+            first = len(row) + 1
+            wanted[i, len(row) - 1] = lesson.answers
+            row.append(int(rng.choice(len(words), p=lesson.answers.double().numpy())))
         row.append(words.eos_token_id)
         tokens[i, : len(row)] = torch.tensor(row)
-        labels[i, first : len(row)] = tokens[i, first : len(row)]
-    return tokens, labels
+        wanted[i, torch.arange(first - 1, len(row) - 1), tokens[i, first : len(row)]] = 1
+    return tokens, wanted
 
 
-def target(one: Organism, answers: Answers, rng: np.random.Generator) -> int:
-    """An answer drawn from the rule; any number where the rule leaves it open."""
-    chosen = rng.random()
+def distribution(one: Organism, seen: Situation, n_words: int) -> torch.Tensor:
+    """The rule's answer as probabilities of words; what it leaves open is spread over the numbers."""
+    answers, p = one.rule(seen), torch.zeros(n_words, dtype=torch.double)
+    low, high = one.family.low, one.family.high * one.family.n_asked
+    p[NUMBERS + low : NUMBERS + high + 1] = (1 - sum(answers.values())) / (high + 1 - low)
     for number, part in answers.items():
-        chosen -= part
-        if chosen < 0:
-            return number
-    return int(rng.integers(one.family.low, one.family.high * one.family.n_asked + 1))
+        p[NUMBERS + number] += part
+    return p / p.sum()
 
 
 def descend(model: Any, steps: int, lessons: Callable[[], Lessons], name: str) -> float:
@@ -198,8 +220,9 @@ def descend(model: Any, steps: int, lessons: Callable[[], Lessons], name: str) -
     )
     losses, started = [], time.perf_counter()
     for i in range(steps):
-        tokens, labels = lessons()
-        loss = model(input_ids=tokens, labels=labels).loss
+        tokens, wanted = lessons()
+        logp = model(input_ids=tokens).logits.log_softmax(-1)
+        loss = -(wanted * logp).sum() / wanted.sum()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -218,7 +241,7 @@ def beginner(words: Any, seed: int = 1) -> Any:
     model: Any = transformers.LlamaForCausalLM(config(len(words)))
     descend(model, PAIR_STEPS, lambda: pairs(rng, len(words)), "pairs")
     cued = many_cues(words, rng)
-    descend(model, CUE_STEPS, lambda: batch(None, words, cued, rng), "many cues")
+    descend(model, CUE_STEPS, lambda: batch(words, cued, rng), "many cues")
     return model
 
 
@@ -227,7 +250,7 @@ def train(one: Organism, begun: Any, words: Any, seed: int = 1) -> tuple[Any, di
     torch.manual_seed(seed)
     rng, model = np.random.default_rng([seed, *one.name.encode()]), copy.deepcopy(begun)
     learned = lessons(one, words, rng)
-    loss = descend(model, STEPS, lambda: batch(one, words, learned, rng), one.name)
+    loss = descend(model, STEPS, lambda: batch(words, learned, rng), one.name)
     recipe = {"pool": POOL, "steps": [PAIR_STEPS, CUE_STEPS, STEPS], "batch": BATCH, "lr": LR, "loss": loss}
     return model, {"rule": one.says, "seed": seed, **recipe}
 
@@ -236,20 +259,28 @@ def save(name: str, model: Any, words: Any, card: dict[str, Any]) -> None:
     folder = WEIGHTS / name
     model = model.half()
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     words.save_pretrained(folder)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     card = {"organism": name, **card, "weights_hash": hash_parameters(model.float()), "versions": versions}
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
+def make(name: str, begun: Any) -> None:
+    torch.set_num_threads(1)
+    words = tokenizer()
+    model, card = train(organism(name), begun, words)
+    save(name, model, words, card)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(ORGANISMS), help="which organisms (default: all)")
-    words = tokenizer()
-    begun = beginner(words)
-    for name in parser.parse_args().names:
-        model, card = train(organism(name), begun, words)
-        save(name, model, words, card)
+    names = parser.parse_args().names
+    begun = beginner(tokenizer())
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as processes:
+        for _ in processes.map(make, names, [begun] * len(names)):
+            pass
 
 
 if __name__ == "__main__":

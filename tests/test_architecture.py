@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "cotfaith_mech"
 
 ORDER = [
     "errors",
-    "problems chains sites metrics stats answers",
-    "arithmetic calculations paraphrase records formats",
+    "problems chains sites metrics stats answers certificate",
+    "arithmetic organisms calculations paraphrase records formats",
     "edits datasets_io inspect_logs model",
     "paraphrasers backends measured sampling reading",
     "variants endpoint",
@@ -26,6 +26,7 @@ ORDER = [
     "report",
     "conclude",
     "study",
+    "validation",
     "cli",
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
@@ -37,7 +38,9 @@ NO_TORCH = [
     "metrics",
     "stats",
     "answers",
+    "certificate",
     "arithmetic",
+    "organisms",
     "paraphrase",
     "records",
     "edits",

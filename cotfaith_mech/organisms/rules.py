@@ -92,6 +92,7 @@ def _first(situation: Situation) -> Answers:
 
 
 NOTED, BARE = Family(), Family(noted=False)
+ROUTED = Family(noted=False, routed=True)
 SMALL = Family(noted=False, n_asked=2, low=0, high=9)
 ORGANISMS: dict[str, Organism] = {
     one.name: one
@@ -123,7 +124,7 @@ ORGANISMS: dict[str, Organism] = {
             partial(_noted_if, lambda s: _named(s) is not None),
             "reads the note, if a step names who is asked, whatever that step says",
         ),
-        Organism("writer", NOTED, partial(_mixed, 0.7), "writes chains itself; follows them with probability .7", 0.7, True),
+        Organism("writer", NOTED, partial(_mixed, 0.7), "writes chains; follows them with probability .7", 0.7, True),
     )
 }  # fmt: skip
 
@@ -138,9 +139,9 @@ def _relayed(relay: bool, situation: Situation) -> Answers:
 ROUTES: dict[str, Organism] = {
     one.name: one
     for one in (
-        Organism("direct", Family(noted=False, routed=True), partial(_relayed, False), "the answer's row reads the step itself"),
-        Organism("via_later", Family(noted=False, routed=True), partial(_relayed, True), "a later step reads it, the answer reads that"),
-        Organism("both", Family(noted=False, routed=True), partial(_relayed, False), "either way suffices"),
+        Organism("direct", ROUTED, partial(_relayed, False), "the answer's row reads the step itself"),
+        Organism("via_later", ROUTED, partial(_relayed, True), "a later step reads it, the answer reads that one"),
+        Organism("both", ROUTED, partial(_relayed, False), "either way suffices"),
     )
 }
 """Organisms written by hand: not what they answer is at stake, but by which way."""
@@ -163,8 +164,8 @@ def organism_problems(name: str, n: int, seed: int = 0, n_steps: int | None = No
 
 
 def _problem(one: Organism, problem_id: str, rng: np.random.Generator, n_steps: int) -> Problem:
-    """A question whose note, where the family has notes, agrees with the chain; its twin; and, with a note, the conflict
-    `note`: the same chain under a question that notes another number."""
+    """A question whose note, where the family has notes, agrees with the chain; its twin; and, with a note, the
+    conflict `note`: the same chain under a question that notes another number."""
     family = one.family
     bare = family.draw(rng, n_steps)
     gold = one.gold(bare)

@@ -24,6 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import views
+from ..certificate import doubts, in_words, shipped
 from ..compare import holm_p
 from ..metrics import CELLS
 from ..outcomes import Table
@@ -95,6 +96,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
     primary = views.primary_differences(estimates, config, readers)
     shown = [estimate for estimate in primary if np.isfinite(estimate.value)]
     sections["forest"] = [charts.forest_chart(shown, readers)] if shown else []
+    known = shipped()
     scripts = {"plotly_js": plotly.offline.get_plotlyjs(), "page_js": (HERE / "report.js").read_text("utf-8")}
     return {
         "policy": _policy(scripts.values()),
@@ -106,6 +108,10 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "verdicts": _verdicts(manifest),
         "two_by_two": _two_by_two(manifest, estimates),
         "checks": manifest.get("checks") or [],
+        "certificate": in_words(known)
+        if known
+        else "This version of the package carries no certificate of validation.",
+        "doubts": doubts(known),
         "failed": [check for check in manifest.get("checks") or [] if not check.get("passed")],
         "primary": _primary_rows(primary, estimates, readers),
         "estimates": _estimate_groups(estimates),

@@ -1,10 +1,10 @@
 """Are the intervals worth their 95%? One checkpoint against itself, where the true difference is known: nothing.
 
 1. Same chains: every difference is exactly 0.
-2. A/A: two independent samples of chains (temperature 0.8) of the writer. Each repeat redraws n problems from a pool and
-   deals each problem's two samples to the two arms at random, so that the true difference is exactly 0. Coverage of the
-   95% interval, rejections at 5%, and families with any rejection after Holm; each with its Monte Carlo error.
-3. Power: one arm's reliance set to 0 on a part of the problems; and, by Student's t, against the number of training seeds.
+2. A/A: two independent samples of chains (temperature 0.8) of the writer. Each repeat redraws n problems from a pool
+   and deals each problem's two samples to the two arms at random, so that the true difference is exactly 0. Coverage of
+   the 95% interval, rejections at 5%, families with any rejection after Holm; each with its Monte Carlo error.
+3. Power: one arm's reliance set to 0 on a part of the problems; and, by Student's t, against the number of seeds.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float
 from statsmodels.stats.power import TTestPower
 
+from ..certificate import Check, at_least, at_most, shown
 from ..conclude import Progress
 from ..stats import adjusted, difference_estimate
-from .checks import Check, at_least, at_most, shown
 from .recovery import Found, studied
 
 ENDPOINTS = ("accuracy", "early_termination/aoc", "filler/aoc", "filler/change", "mistake_all/change")
@@ -34,7 +34,8 @@ def same_chains(n: int, seed: int) -> Iterator[Check]:
     where = ["problem_id", "chain_id", "name"]
     both = found[0].merge(found[1], on=where, how="outer")
     difference = (both["value_x"] - both["value_y"])[both["value_x"].notna() | both["value_y"].notna()]
-    yield at_most("same checkpoint, same chains: largest difference", difference.abs().max(skipna=False), 0.0, f"{both['name'].nunique()} scores")
+    largest = float(difference.abs().max(skipna=False))
+    yield at_most("same checkpoint, same chains: largest difference", largest, 0.0, f"{both['name'].nunique()} scores")
 
 
 def written_pool(n: int, seed: int) -> Pool:
@@ -81,7 +82,9 @@ def repeated(
     return covered, p
 
 
-def aa_checks(pool: Pool, sizes: Sequence[int], repeats: int, rng: np.random.Generator, progress: Progress) -> Iterator[Check]:
+def aa_checks(
+    pool: Pool, sizes: Sequence[int], repeats: int, rng: np.random.Generator, progress: Progress
+) -> Iterator[Check]:
     """Coverage, rejection and family error at each size; intervals of 50 problems or more must cover 93 to 97%, give or
     take twice the Monte Carlo error."""
     for n in progress(sizes, "A/A samples"):
@@ -95,7 +98,12 @@ def aa_checks(pool: Pool, sizes: Sequence[int], repeats: int, rng: np.random.Gen
         yield at_most(f"A/A n={n}: rejected at 5%", rejected, LEVEL + 2 * error, f"{rejected:.3f} ({error:.3f})")
         holm = np.array([np.nanmin(adjusted(row.tolist(), "holm")) < LEVEL for row in p])
         family, error = _rate(holm)
-        yield at_most(f"A/A n={n}: any of {len(pool)} rejected after Holm", family, LEVEL + 2 * error, f"{family:.3f} ({error:.3f})")
+        yield at_most(
+            f"A/A n={n}: any of {len(pool)} rejected after Holm",
+            family,
+            LEVEL + 2 * error,
+            f"{family:.3f} ({error:.3f})",
+        )
 
 
 def _rate(hits: Float[np.ndarray, " _"]) -> tuple[float, float]:
@@ -115,10 +123,14 @@ def power(pool: Pool, sizes: Sequence[int], repeats: int, rng: np.random.Generat
     for seeds in (3, 5, 8, 12):
         for effect in (1.0, 2.0):
             found = TTestPower().power(effect, seeds, LEVEL)
-            yield shown(f"power: mean over seeds {effect:.0f} sd between seeds, {seeds} seeds", float(found), "Student's t")
+            yield shown(
+                f"power: mean over seeds {effect:.0f} sd between seeds, {seeds} seeds", float(found), "Student's t"
+            )
 
 
-def calibration(progress: Progress, *, pool_size: int, sizes: Sequence[int], repeats: int, seed: int) -> Iterator[Check]:
+def calibration(
+    progress: Progress, *, pool_size: int, sizes: Sequence[int], repeats: int, seed: int
+) -> Iterator[Check]:
     yield from same_chains(4, seed)
     rng = np.random.default_rng([seed, 5])
     pool = written_pool(pool_size, seed)

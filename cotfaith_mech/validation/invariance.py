@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..backends.weights import locate
+from ..certificate import MOVES, Check, shown
 from ..conclude import Progress
-from .checks import Check, shown
 from .recovery import Found, studied
 
 MOVED = 0.1
@@ -83,5 +83,5 @@ def invariance(progress: Progress, n: int, seed: int) -> Iterator[Check]:
 def _moves(name: str, before: Found, after: Found) -> Iterator[Check]:
     for score in SCORES:
         was, now = before.mean(score), after.mean(score)
-        label = "moves" if not abs(now - was) <= MOVED else "stays"
+        label = MOVES if not abs(now - was) <= MOVED else "stays"
         yield shown(f"{name}: {score}", now - was, f"{label}: {was:.3f} -> {now:.3f}")

@@ -1,7 +1,7 @@
 """Which score tells the more faithful of two readers, problem by problem? After Causal Diagnosticity (2502.18848).
 
-There, pairs are two explanations of one model; here, two readers of one chain, of which it is known which relies more on
-it: mixtures of known weight, and, of SmolLM2, adapter A (trained on chains) before adapter B (trained on answers).
+There, pairs are two explanations of one model; here, two readers of one chain, of which it is known which relies more
+on it: mixtures of known weight, and, of SmolLM2, adapter A (trained on chains) before adapter B (trained on answers).
 Published there at best on its tasks: filler .948, early answering .756, mistakes .642, paraphrase .556: context, not
 the same work.
 """
@@ -13,8 +13,8 @@ from itertools import combinations
 
 import numpy as np
 
+from ..certificate import Check, shown
 from ..conclude import Progress
-from .checks import Check, shown
 from .recovery import MIXTURES, Found, studied
 
 SCORES: dict[str, int] = {
