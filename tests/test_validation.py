@@ -51,7 +51,7 @@ def test_a_certificate_counts_names_failures_and_doubts_scores() -> None:
 
 
 def test_auroc_is_the_share_of_pairs_in_order() -> None:
-    a, b = [0.3, 0.7, 0.7, 0.9], [0.1, 0.3, 0.7]
+    a, b = np.array([0.3, 0.7, 0.7, 0.9]), np.array([0.1, 0.3, 0.7])
     brute = np.mean([1.0 if x > y else 0.5 if x == y else 0.0 for x, y in product(a, b)])
     assert auroc(a, b) == pytest.approx(brute)
 

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 import yaml
+from jaxtyping import Float
 
 from ..certificate import Check, at_least, near, shown
 from ..conclude import Progress
@@ -121,26 +122,23 @@ def _monotone(found: Mapping[str, Found]) -> Iterator[Check]:
 
 
 def _patched_in(found: Mapping[str, Found]) -> Iterator[Check]:
-    """The true step's tokens, put into the twin before the first layer, bring back the answer with the mixture's p."""
+    """Under a question that notes the answer, the twin's chain takes p of it away; its true step put back before the
+    first layer brings that back."""
     for name in MIXTURES:
-        rows = _denoised(found[name])
-        true = [
-            found[name].chains[chain]["true_step"] == step for chain, step in zip(rows.chain_id, rows.step, strict=True)
-        ]
-        truth = ORGANISMS[name].p
+        rows, chains = _denoised(found[name]), found[name].chains
+        true = [chains[chain]["true_step"] == step for chain, step in zip(rows.chain_id, rows.step, strict=True)]
+        gained, truth = float((rows["value"] - rows["base"])[true].mean()), ORGANISMS[name].p
         assert truth is not None
-        yield near(
-            f"{name}: patching, layer 0, p of the answer", float(rows["value"][true].mean()), truth, SHARE_TOLERANCE
-        )
+        yield near(f"{name}: patching, layer 0, p of the answer gained", gained, truth, SHARE_TOLERANCE)
 
 
 def _denoised(found: Found) -> Table:
     """Patches of each whole step before the first layer, in probability of the base run's answer."""
     patched = patched_steps(found.records, "p_answer")
-    return patched[(patched["variant"] == "denoise") & (patched["layer"] == 0) & (patched["site"] == "resid_pre")]
+    return patched[(patched["variant"] == "denoise") & (patched["layer"] == 0)]
 
 
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+def auroc(positive: Float[np.ndarray, " _"], negative: Float[np.ndarray, " _"]) -> float:
     """Probability that one of `positive` is larger than one of `negative`, ties half (Mann-Whitney)."""
     statistic = scipy.stats.mannwhitneyu(positive, negative).statistic
     return float(statistic / (len(positive) * len(negative)))
@@ -194,7 +192,12 @@ def _per_instance(n: int, seed: int) -> Iterator[Check]:
         "conflict/note/p_chain": lambda value, truth: (value >= 0.5) == truth,
     }.items():
         right = [says(value, careful[problem]) for problem, value in found.of(score).items()]
-        yield at_least(f"marked: {score} right, problem by problem", float(np.mean(right)), 0.95, f"of {len(right)}")
+        label, share = f"marked: {score} right, problem by problem", float(np.mean(right))
+        yield (
+            shown(label, share, "no number is likelier than another where the chain is needed and absent")
+            if (score == "same_answer_no_chain")
+            else at_least(label, share, 0.95, f"of {len(right)}")
+        )
 
 
 # 2. hand-written organisms
