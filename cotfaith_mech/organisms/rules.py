@@ -124,7 +124,14 @@ ORGANISMS: dict[str, Organism] = {
             partial(_noted_if, lambda s: _named(s) is not None),
             "reads the note, if a step names who is asked, whatever that step says",
         ),
-        Organism("writer", NOTED, partial(_mixed, 0.7), "writes chains; follows them with probability .7", 0.7, True),
+        Organism(
+            "writer",
+            NOTED,
+            partial(_mixed, 0.7),
+            "writes chains itself; follows them with probability .7",
+            0.7,
+            writes=True,
+        ),
     )
 }  # fmt: skip
 
@@ -190,8 +197,13 @@ def _problem(one: Organism, problem_id: str, rng: np.random.Generator, n_steps: 
         twin_question=twin_question,
         true_step=_true_step(one, bare),
         conflicts=(conflict,) if family.noted else (),
-        paraphrases=tuple(rephrased(family, rng, bare).steps_text for _ in range(N_PARAPHRASES)),
+        paraphrases=tuple(_worded_anew(family, rng, bare) for _ in range(N_PARAPHRASES)),
     )
+
+
+def _worded_anew(family: Family, rng: np.random.Generator, bare: Situation) -> tuple[str | None, ...]:
+    new = rephrased(family, rng, bare).steps_text
+    return tuple(text if text != old else None for text, old in zip(new, bare.steps_text, strict=True))
 
 
 def _true_step(one: Organism, bare: Situation) -> int | None:
