@@ -264,7 +264,8 @@ _FUNCTION_WORDS = frozenset(
         to from with without into after before during since because as until once there here now also still only just
         let thus hence therefore however finally first second third next lastly overall altogether total given another
         other same one everyone everything already even again answer ans option choice correct final right between among
-        together out please give hand per over under about than let's he's she's it's that's there's don't doesn't can't""",
+        together out per over under about than give hand please let's he's she's it's that's there's don't
+        doesn't can't""",
     )
 )
 _OWN_WORDS = _FUNCTION_WORDS | set(CARDINALS) | {
