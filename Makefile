@@ -6,13 +6,16 @@ USE := $(VENV)/.installed-use
 DEV := $(VENV)/.installed-dev
 DEMO_RUN ?= runs/demo
 
-.PHONY: demo test check clean
+.PHONY: demo test check validate clean
 
 demo: $(USE)
 	$(BIN)/cotfaith demo --out $(DEMO_RUN)
 
 test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+validate: $(DEV)
+	$(BIN)/cotfaith validate
 
 check: $(DEV)
 	$(BIN)/python -m ruff format --check .
