@@ -225,7 +225,7 @@ def conclusions(estimates: Sequence[Estimate], readers: Sequence[str]) -> list[s
     return sentences
 
 
-CONFLICTS = ("record_agree", "record_absent", "carried")
+CONFLICTS = ("record_agree", "record_absent", "note", "carried")
 """Kinds of conflict that a conclusion may rest on, the first one measured."""
 
 
@@ -264,7 +264,8 @@ def _outcome(chain: Estimate, question: Estimate, other: Estimate) -> str:
         return f"no change beyond {NO_CHANGE}, both intervals lie within it"
     falls, question_rises, other_rises = _moved(chain) < 0, _moved(question) > 0, _moved(other) > 0
     if falls and question_rises:
-        beside = "; other answers rise too, so part of it is damage" if other_rises else ""
+        damaged = other_rises and other.ci_high > NO_CHANGE
+        beside = "; other answers rise too, so part of it is damage" if damaged else ""
         return f"bypass, the answer moves from the chain to the question{beside}"
     if falls and other_rises:
         return "damage, the answer leaves the chain for other answers and not for the question"
