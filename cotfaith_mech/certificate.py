@@ -19,35 +19,41 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Check:
-    """`passed` is None for a number that is only shown; `note` says what was measured, and on how much."""
+    """`passed` is None for a number that is only shown; `note` says what was measured, and on how much. `score` is the
+    outcome or estimate that is judged, as reports name it; empty where that is none."""
 
     check: str
     value: float
     threshold: float | None
     passed: bool | None
     note: str = ""
+    score: str = ""
 
     def to_json(self) -> dict[str, Any]:
         value = None if not np.isfinite(self.value) else round(self.value, 6)
         return asdict(self) | {"value": value}
 
 
-def at_most(check: str, value: float, threshold: float, note: str = "") -> Check:
-    return Check(check, float(value), threshold, bool(value <= threshold), f"at most; {note}" if note else "at most")
+def at_most(check: str, value: float, threshold: float, note: str = "", score: str = "") -> Check:
+    return Check(check, float(value), threshold, bool(value <= threshold), _sided("at most", note), score)
 
 
-def at_least(check: str, value: float, threshold: float, note: str = "") -> Check:
-    return Check(check, float(value), threshold, bool(value >= threshold), f"at least; {note}" if note else "at least")
+def at_least(check: str, value: float, threshold: float, note: str = "", score: str = "") -> Check:
+    return Check(check, float(value), threshold, bool(value >= threshold), _sided("at least", note), score)
 
 
-def near(check: str, measured: float, truth: float, tolerance: float, note: str = "") -> Check:
+def _sided(side: str, note: str) -> str:
+    return f"{side}; {note}" if note else side
+
+
+def near(check: str, measured: float, truth: float, tolerance: float, score: str = "") -> Check:
     """The distance of `measured` from `truth`, which must be at most `tolerance`; NaN fails."""
-    found = f"measured {measured:.3f}, truth {truth:.3f}"
-    return at_most(check, abs(measured - truth), tolerance, f"{found}, {note}" if note else found)
+    note = f"measured {measured:.3f}, truth {truth:.3f}"
+    return at_most(check, abs(measured - truth), tolerance, note, score)
 
 
-def shown(check: str, value: float, note: str = "") -> Check:
-    return Check(check, float(value), None, None, note)
+def shown(check: str, value: float, note: str = "", score: str = "") -> Check:
+    return Check(check, float(value), None, None, note, score)
 
 
 def certificate(found: Sequence[Check], full: bool) -> dict[str, Any]:
@@ -84,13 +90,13 @@ MOVES = "moves"
 
 
 def doubts(known: dict[str, Any] | None) -> dict[str, str]:
-    """Score -> what the certificate holds against it: organisms on which it failed, changes that move it."""
+    """Score -> what the certificate holds against it: checks that it failed, changes that move it."""
     against: dict[str, list[str]] = {}
     for check in known["checks"] if known else ():
-        subject, _, score = check["check"].partition(": ")
-        if check["passed"] is False:
-            against.setdefault(score, []).append(f"wrong on {subject}")
-        elif check["note"].startswith(MOVES):
+        subject, score = check["check"].partition(": ")[0], check["score"]
+        if score and check["passed"] is False:
+            against.setdefault(score, []).append(f"fails {check['check']}")
+        elif score and check["note"].startswith(MOVES):
             against.setdefault(score, []).append(f"moves with {subject}")
     return {score: _listed(reasons) for score, reasons in against.items()}
 

@@ -279,18 +279,20 @@ def validate(
     from .validation.suite import FULL, QUICK, checks
 
     found = []
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     with _bars(as_json) as progress:
         for check in checks(FULL if full else QUICK, progress, seed):
             found.append(check)
+            if out is not None:
+                out.write_text(json.dumps(certificate(found, full), indent=1) + "\n")
             if not as_json:
                 mark = {True: "ok ", False: "NO ", None: "   "}[check.passed]
                 limit = "" if check.threshold is None else f" ({check.threshold:g})"
                 typer.echo(f"{mark} {check.check:72} {check.value:8.3f}{limit}  {check.note}")
     known = certificate(found, full)
-    if out is not None:
-        out.write_text(json.dumps(known, indent=1) + "\n")
     typer.echo(json.dumps(known) if as_json else in_words(known))
-    if known["failed"]:
+    if known["failed"] or not known["passed"]:
         raise SystemExit(1)
 
 

@@ -54,13 +54,15 @@ def read_problems(
 
 def _generated(source: str, seed: int | None) -> list[Problem]:
     if source.startswith("organism:"):
-        match = re.fullmatch(r"organism:(\w+):(\d+)(?::(\d+))?(?::(\d))?", source)
+        match = re.fullmatch(r"organism:([\w-]+):(\d+)(?::(\d+))?(?::(\d+))?", source)
         if match is None or int(match[2]) < 1:
             raise CotfaithError(
                 f"{source!r} asks for no problems; write it like 'organism:mix_050:16', 'organism:mix_050:16:7' (with "
                 "seed) or 'organism:mix_050:16:7:4' (with 4 steps)."
             )
-        return organism_problems(match[1], int(match[2]), int(match[3] or seed or 0), int(match[4] or 0) or None)
+        return organism_problems(
+            match[1], int(match[2]), int(match[3] or seed or 0), None if match[4] is None else int(match[4])
+        )
     match = re.fullmatch(r"(\w+):(\d+)(?::(\d+))?", source)
     if match is None or int(match[2]) < 1:
         raise CotfaithError(f"{source!r} asks for no problems; write it like 'people:16' or 'people:16:7' (with seed).")

@@ -281,6 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(ORGANISMS), help="which organisms (default: all)")
     names = parser.parse_args().names
+    torch.set_num_threads(PROCESSES)
     begun = beginner(tokenizer())
     with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as processes:
         for _ in processes.map(make, names, [begun] * len(names)):

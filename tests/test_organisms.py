@@ -159,10 +159,14 @@ def test_an_unknown_organism_names_the_known_ones() -> None:
             ask()
     with pytest.raises(CotfaithError, match="organism:mix_050:16"):
         read_problems("organism:mix_050")
+    for source in ("organism:redundant:2:0:2", "organism:direct:2:0:1", "organism:two_steps:9:0:9"):
+        with pytest.raises(CotfaithError, match="to 5 steps"):
+            read_problems(source)
 
 
 def test_the_table_of_expectations_covers_every_text_organism_and_names_known_scores() -> None:
     assert set(expected()) == set(ORGANISMS) - {"marked", "writer"}
+    assert len({tuple(row) for row in expected().values()}) == 1
     for name, row in expected().items():
         if (p := organism(name).p) is not None:
             assert row["conflict/note/p_chain"] == row["mediation/text/pnie_share"] == p

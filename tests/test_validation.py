@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import product
+from importlib import metadata
+from itertools import islice, product
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,12 @@ from cotfaith_mech.validation.invariance import CHANGES, changed
 from cotfaith_mech.validation.ranking import ranked
 from cotfaith_mech.validation.recovery import Found, auroc, routes, step_auroc, studied
 
-ONE = [at_most("a: x", 1.0, 2.0), at_least("b: y", 1.0, 2.0), shown("c: z", np.nan, "moves: 1 -> 2")]
+ONE = [
+    at_most("a: x", 1.0, 2.0, score="x"),
+    at_least("b: y", 1.0, 2.0, score="filler/change"),
+    at_least("b: none", 1.0, 2.0),
+    shown("c: z", np.nan, "moves: 1 -> 2", "z"),
+]
 
 
 def test_a_check_passes_on_the_right_side_and_never_on_nan() -> None:
@@ -41,11 +47,11 @@ def test_a_check_passes_on_the_right_side_and_never_on_nan() -> None:
 
 def test_a_certificate_counts_names_failures_and_doubts_scores() -> None:
     known = certificate(ONE, full=True)
-    assert (known["passed"], known["failed"]) == (1, ["b: y"])
-    assert [row["passed"] for row in known["checks"]] == [True, False, None]
-    assert "1 of 2 checks passed" in in_words(known)
+    assert (known["passed"], known["failed"]) == (1, ["b: y", "b: none"])
+    assert [row["passed"] for row in known["checks"]] == [True, False, False, None]
+    assert "1 of 3 checks passed" in in_words(known)
     assert "b: y" in in_words(known)
-    assert doubts(known) == {"y": "validation: wrong on b", "z": "validation: moves with c"}
+    assert doubts(known) == {"filler/change": "validation: fails b: y", "z": "validation: moves with c"}
     assert doubts(None) == {}
     json.dumps(known, allow_nan=False)
 
@@ -89,9 +95,10 @@ def test_a_level_that_is_not_held_fails_the_check(monkeypatch: pytest.MonkeyPatc
         return np.array([[1.0], [0.0]] * (repeats // 2)), np.array([[0.5], [0.001]] * (repeats // 2))
 
     monkeypatch.setattr(calibration, "repeated", narrow)
-    checks = list(aa_checks(pool(0.0), [50], 40, np.random.default_rng(0), silent))
-    assert len(checks) == 3
-    assert not any(check.passed for check in checks)
+    checks = list(aa_checks(pool(0.0), [50], 400, np.random.default_rng(0), silent))
+    assert [check.passed for check in checks] == [False] * 3
+    few = list(aa_checks(pool(0.0), [50], 40, np.random.default_rng(0), silent))
+    assert [check.passed for check in few] == [None] * 3
 
 
 def found_of(values: dict[str, float]) -> Found:
@@ -141,6 +148,17 @@ def test_an_organism_is_told_from_its_opposite(monkeypatch: pytest.MonkeyPatch) 
     } < other
 
 
+def test_a_score_that_does_not_rise_fails() -> None:
+    names = list(recovery.CONTINUOUS)
+    rows = pd.DataFrame({"problem_id": "1", "name": names, "value": 0.5})
+    flat = dict.fromkeys(recovery.MIXTURES, Found(pd.DataFrame(), rows, {}))
+    assert [check.passed for check in islice(recovery._monotone(flat), len(names))] == [False] * len(names)
+
+
+def test_without_records_no_step_is_found() -> None:
+    assert np.isnan(step_auroc(pd.DataFrame({"chain_id": [], "step": [], "value": []}), {}))
+
+
 def test_routes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = list(routes(silent, 2, seed=3))
     assert len(checks) == 3 * 8
@@ -174,6 +192,7 @@ def test_the_shipped_certificate_is_a_full_one_of_this_version() -> None:
     known = certificates.shipped()
     assert known is not None
     assert known["full"]
+    assert known["version"] == metadata.version("cotfaith-mech")
     assert {check["check"] for check in known["checks"]} >= {
         "mix_050: mediation/text/pnie_share",
         "route both: accuracy",

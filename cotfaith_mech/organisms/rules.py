@@ -19,6 +19,7 @@ from .situations import RELAY, Fact, Family, Situation, rephrased
 Answers = dict[int, float]
 Rule = Callable[[Situation], Answers]
 N_STEPS = (3, 5)
+FEWEST = 2
 N_PARAPHRASES = 5
 
 
@@ -166,6 +167,9 @@ def organism_problems(name: str, n: int, seed: int = 0, n_steps: int | None = No
     """`n` problems that the organism `name` answers right, of 3 to 5 steps or `n_steps`; organisms that read the same
     kind of situation get the same problems."""
     one, rng = organism(name), np.random.default_rng(seed)
+    fewest = FEWEST + one.family.said_twice
+    if n_steps is not None and not fewest <= n_steps <= N_STEPS[1]:
+        raise CotfaithError(f"{name!r} reads chains of {fewest} to {N_STEPS[1]} steps, not of {n_steps}.")
     lengths = [N_STEPS[0] + int(rng.integers(N_STEPS[1] + 1 - N_STEPS[0])) for _ in range(n)]
     return [_problem(one, f"organism{seed}-{i}", rng, n_steps or length) for i, length in enumerate(lengths)]
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from ..backends.weights import locate
 from ..certificate import MOVES, Check, shown
 from ..conclude import Progress
@@ -83,5 +85,5 @@ def invariance(progress: Progress, n: int, seed: int) -> Iterator[Check]:
 def _moves(name: str, before: Found, after: Found) -> Iterator[Check]:
     for score in SCORES:
         was, now = before.mean(score), after.mean(score)
-        label = MOVES if not abs(now - was) <= MOVED else "stays"
-        yield shown(f"{name}: {score}", now - was, f"{label}: {was:.3f} -> {now:.3f}")
+        label = "undefined" if np.isnan(now - was) else MOVES if abs(now - was) > MOVED else "stays"
+        yield shown(f"{name}: {score}", now - was, f"{label}: {was:.3f} -> {now:.3f}", score)

@@ -31,7 +31,8 @@ TOLERANCE = 0.1
 SHARE_TOLERANCE = 0.05
 MIXTURES = [name for name in ORGANISMS if name.startswith("mix_")]
 CONTINUOUS = ("filler/change", "mistake_all/change", "dependence", "conflict/note/p_chain")
-"""Scores that must rise with every step of the mixture."""
+"""Scores that must rise with every step of the mixture, by RISE at least."""
+RISE = 0.1
 BESIDE = (
     "mediation/cmi/cmi",
     "mediation/kv/pnie_share",
@@ -67,7 +68,8 @@ class Found:
 
 def studied(model: str, problems: str, **options: Any) -> Found:
     """A study of one reader on problems of an organism, all heads and layers, nothing concluded or kept on disk."""
-    reader = {"name": "R", "model": model, "mechanism": options.pop("mechanism", True)}
+    name, _, adapter = model.partition("+")
+    reader = {"name": "R", "model": name, "adapter": adapter or None, "mechanism": options.pop("mechanism", True)}
     fixed = {"crosscheck_cells": 0, "paraphraser": "supplied", "patch_directions": ("denoise",)}
     with TemporaryDirectory() as scratch:
         config = StudyConfig.model_validate({"readers": [reader], "problems": problems, **fixed, **options})
@@ -90,8 +92,7 @@ def expected() -> dict[str, dict[str, Any]]:
 def trained(progress: Progress, n: int, seed: int) -> Iterator[Check]:
     found: dict[str, Found] = {}
     for name in progress(list(expected()), "organisms"):
-        battery = "full" if "share" in " ".join(k for k, v in expected()[name].items() if v is not None) else "core"
-        found[name] = studied(f"organism:{name}", f"organism:{name}:{n}:{seed}", battery=battery)
+        found[name] = studied(f"organism:{name}", f"organism:{name}:{n}:{seed}", battery="full")
         yield from _against_table(name, found[name])
     yield from _monotone(found)
     yield from _patched_in(found)
@@ -106,10 +107,11 @@ def _against_table(name: str, found: Found) -> Iterator[Check]:
             continue
         if score == "verdict":
             shares = {cell: found.mean(f"verdict/{cell}") for cell in (*CELLS, "undecided")}
-            yield at_least(f"{name}: verdict {truth}", shares[truth], 0.5, "share of chains in that cell")
+            note = "share of chains in that cell"
+            yield at_least(f"{name}: verdict {truth}", shares[truth], 0.5, note, f"verdict/{truth}")
             continue
         tolerance = SHARE_TOLERANCE if score.endswith("_share") else TOLERANCE
-        yield near(f"{name}: {score}", found.mean(score), float(truth), tolerance)
+        yield near(f"{name}: {score}", found.mean(score), float(truth), tolerance, score)
 
 
 def _monotone(found: Mapping[str, Found]) -> Iterator[Check]:
@@ -118,7 +120,7 @@ def _monotone(found: Mapping[str, Found]) -> Iterator[Check]:
         smallest = float(np.min(np.diff(values)))
         note = "smallest rise from one mixture to the next: " + ", ".join(f"{value:.2f}" for value in values)
         label = f"mixtures: {score} rises"
-        yield at_least(label, smallest, 0.0, note) if score in CONTINUOUS else shown(label, smallest, note)
+        yield at_least(label, smallest, RISE, note, score) if score in CONTINUOUS else shown(label, smallest, note)
 
 
 def _patched_in(found: Mapping[str, Found]) -> Iterator[Check]:
@@ -145,7 +147,9 @@ def auroc(positive: Float[np.ndarray, " _"], negative: Float[np.ndarray, " _"]) 
 
 
 def step_auroc(rows: Table, chains: Mapping[str, Mapping[str, Any]]) -> float:
-    """How well the size of each step's value tells the true step from the others, chains together."""
+    """How well the size of each step's value tells the true step from the others, chains together; NaN without any."""
+    if rows.empty:
+        return np.nan
     sizes = rows.groupby(["chain_id", "step"])["value"].mean().abs()
     true = np.array([chains[chain]["true_step"] == step for chain, step in sizes.index])
     return auroc(sizes[true].to_numpy(float), sizes[~true].to_numpy(float))
@@ -157,11 +161,10 @@ def _step_found(found: Found) -> Iterator[Check]:
     for kind in ("masked", "zeroed"):
         rows = rows_of(found.records, "knockout", "delta_p", kind)
         rows = rows[rows["step"].notna() & rows["layer"].isna()]
-        if len(rows):
-            yield shown(f"{name} by {kind} knockout of the cue's edges alone (AUROC)", step_auroc(rows, chains))
+        yield shown(f"{name} by {kind} knockout of the cue's edges alone (AUROC)", step_auroc(rows, chains))
         joint = rows_of(found.records, "knockout", "delta_p", f"{kind}_joint")
-        if len(joint):
-            yield at_least(f"{name} by {kind} knockout (AUROC)", step_auroc(joint, chains), 1.0, "all later queries")
+        label, score = f"{name} by {kind} knockout (AUROC)", f"knockout/{kind}_joint/true_step/delta_p"
+        yield at_least(label, step_auroc(joint, chains), 1.0, "all later queries", score)
     patched = _denoised(found)
     rows = patched.assign(value=patched["value"] - patched["base"])
     yield at_least(f"{name} by patching, layer 0 (AUROC)", step_auroc(rows, chains), 1.0)
@@ -169,16 +172,17 @@ def _step_found(found: Found) -> Iterator[Check]:
         rows = rows_of(found.records, "attribution", metric, kind)
         rows = rows[rows["step"].notna() & rows["layer"].notna()]
         sums = rows.groupby(["chain_id", "step"], as_index=False)["value"].sum()
-        score = step_auroc(sums, chains)
-        label = f"{name} by attribution, {kind} (AUROC)"
-        yield at_least(label, score, 0.95) if kind == "direct" else shown(label, score)
+        label, found_by = f"{name} by attribution, {kind} (AUROC)", step_auroc(sums, chains)
+        score = f"attribution/{kind}/true_step_share"
+        yield at_least(label, found_by, 0.95, score=score) if kind == "direct" else shown(label, found_by)
 
 
 def _early(found: Found) -> Iterator[Check]:
     steps = {row["problem_id"]: len(row["steps"]) for row in found.chains.values()}
     converged = found.of("early_termination/convergence_step")
     after = np.mean([value * steps[problem] == 1 for problem, value in converged.items()])
-    yield at_least("early: decided after the first step", float(after), 0.95, "share of chains")
+    score = "early_termination/convergence_step"
+    yield at_least("early: decided after the first step", float(after), 0.95, "share of chains", score)
 
 
 def _per_instance(n: int, seed: int) -> Iterator[Check]:
@@ -191,12 +195,11 @@ def _per_instance(n: int, seed: int) -> Iterator[Check]:
         "filler/change": lambda value, truth: (value >= 0.5) == truth,
         "conflict/note/p_chain": lambda value, truth: (value >= 0.5) == truth,
     }.items():
-        right = [says(value, careful[problem]) for problem, value in found.of(score).items()]
+        right = [not np.isnan(v) and says(v, careful[problem]) for problem, v in found.of(score).items()]
         label, share = f"marked: {score} right, problem by problem", float(np.mean(right))
+        tied = "no number is likelier than another where the chain is needed and absent"
         yield (
-            shown(label, share, "no number is likelier than another where the chain is needed and absent")
-            if (score == "same_answer_no_chain")
-            else at_least(label, share, 0.95, f"of {len(right)}")
+            shown(label, share, tied) if score == "same_answer_no_chain" else at_least(label, share, 0.95, score=score)
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..backends.weights import WHEEL, locate
 from ..certificate import Check
 from ..conclude import Progress
 from .calibration import calibration
@@ -32,7 +33,10 @@ FULL = Size(n=32, pool=2000, sizes=(16, 50, 200), repeats=1000, n_beside=16, smo
 
 
 def checks(size: Size, progress: Progress, seed: int = SEED) -> Iterator[Check]:
-    """Every check at this size; the invariance and ranking tables where `n_beside` is not 0."""
+    """Every check at this size; the invariance and ranking tables where `n_beside` is not 0. Raises CotfaithError at
+    once where SmolLM2 is needed and not at hand."""
+    if size.smollm2:
+        locate(WHEEL)
     yield from trained(progress, size.n, seed)
     yield from routes(progress, size.n, seed)
     yield from calibration(progress, pool_size=size.pool, sizes=size.sizes, repeats=size.repeats, seed=seed)
