@@ -311,7 +311,7 @@ def _pooled(rows: Table, mechanism: str, rng: Generator) -> list[Estimate]:
         ),
     ]
     labels = rows["problem_id"].tolist()
-    estimates = [cluster_estimate(name, "", labels, score, rng, p, note) for name, score, p, note in scores]
+    estimates = [cluster_estimate(name, "", labels, score, p, note) for name, score, p, note in scores]
     return [replace(e, method=f"{e.method}, p within-chain permutation") if np.isfinite(e.p) else e for e in estimates]
 
 

@@ -140,7 +140,7 @@ def _of_ratios(
         label = f"{name}{stratum}"
         for reader in readers:
             statistic = ratio_of_sums(*sums[reader])
-            estimates.append(statistic_estimate(label, reader + suffix, int(known.sum()), statistic, rng, note=note))
+            estimates.append(statistic_estimate(label, reader + suffix, int(known.sum()), statistic, note=note))
         for other in readers[1:]:
             arm = f"{other}-{readers[0]}{suffix}"
             estimates.append(ratio_difference_estimate(label, arm, sums[readers[0]], sums[other], rng, note))

@@ -21,6 +21,7 @@ Rule = Callable[[Situation], Answers]
 N_STEPS = (3, 5)
 FEWEST = 2
 N_PARAPHRASES = 5
+VERB_SAYS = {"give": 20, "hand": 40}
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ def _worded(situation: Situation) -> Answers:
     return {found[-1].number + (found[-1].verb == "hand"): 1.0} if found else {}
 
 
+def _verbal(situation: Situation) -> Answers:
+    """'give' or 'hand' alone says which of two numbers."""
+    found = [fact for fact in situation.facts if fact.name == situation.asked[0]]
+    return {VERB_SAYS[found[-1].verb]: 1.0} if found else {}
+
+
 def _noted_if(some: Callable[[Situation], bool], situation: Situation) -> Answers:
     return {situation.note: 1.0} if situation.note is not None and some(situation) else {}
 
@@ -112,6 +119,7 @@ ORGANISMS: dict[str, Organism] = {
         Organism("two_steps", SMALL, _summed, "adds what two steps say; needs both"),
         Organism("redundant", Family(noted=False, said_twice=True), _either, "two steps say it; either suffices"),
         Organism("encoded", Family(noted=False, verbs=("give", "hand"), high=98), _worded, "the verb is part of it"),
+        Organism("unstable", Family(noted=False, verbs=("give", "hand")), _verbal, "the verb says it, no number does"),
         Organism(
             "filler_helps",
             NOTED,

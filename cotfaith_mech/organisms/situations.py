@@ -120,13 +120,15 @@ class Family:
         return drawn
 
     def twin(self, rng: np.random.Generator, situation: Situation) -> Situation:
-        """The same sentences with another number for every person."""
+        """The same sentences with another number, and any of the family's verbs, for every person."""
         used = [fact.number for fact in situation.facts]
-        new = {fact.name: self.number(rng, used) for fact in situation.facts}
-        return replace(
-            situation,
-            steps=tuple(replace(s, number=new[s.name]) if isinstance(s, Fact) else s for s in situation.steps),
-        )
+        new = {fact.name: (self.number(rng, used), self.verb(rng)) for fact in situation.facts}
+
+        def told(fact: Fact) -> Fact:
+            number, verb = new[fact.name]
+            return replace(fact, number=number, verb=verb)
+
+        return replace(situation, steps=tuple(told(s) if isinstance(s, Fact) else s for s in situation.steps))
 
 
 def rephrased(family: Family, rng: np.random.Generator, situation: Situation) -> Situation:

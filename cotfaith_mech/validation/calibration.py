@@ -25,7 +25,7 @@ from ..certificate import Check, at_least, at_most, shown
 from ..compare import estimates_of
 from ..conclude import Progress
 from ..config import StudyConfig
-from ..stats import BCA_FROM, adjusted, difference_estimate
+from ..stats import adjusted, difference_estimate
 from ..study import measure_study
 from .recovery import studied
 
@@ -40,6 +40,8 @@ ENDPOINTS = (
 """Scores that differ between two samples of chains; the writer's greedy answers hardly ever do."""
 TESTS = ("early_termination", "filler", "mistake", "swap")
 LEVEL = 0.05
+JUDGED_FROM = 50
+"""Problems from which on coverage is judged."""
 ENOUGH = 400
 """Repeats from which on a rate is judged."""
 CHUNK = 100
@@ -134,7 +136,7 @@ def aa_checks(
             rate, error = _rate(covered[:, k])
             off = max(COVERED[0] - rate, rate - COVERED[1], 0.0)
             check, note = f"A/A n={n}: {name} coverage off 93-97%", f"{rate:.3f} (Monte Carlo error {error:.3f})"
-            if n >= BCA_FROM:
+            if n >= JUDGED_FROM:
                 yield judged(check, off, 2 * error, note, name)
             else:
                 yield shown(f"A/A n={n}: {name} coverage", rate, note)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,16 +20,22 @@ import scipy.stats
 import yaml
 from jaxtyping import Float
 
-from ..certificate import Check, at_least, near, shown
+from ..certificate import Check, at_least, at_most, near, shown
+from ..chains import Chain
 from ..conclude import Progress
 from ..config import StudyConfig
+from ..edits import delete
 from ..metrics import ATTRIBUTION_KINDS, CELLS
-from ..organisms.rules import ORGANISMS, ROUTES
+from ..model import load
+from ..organisms.rules import ORGANISMS, ROUTES, organism_problems
 from ..outcomes import Table, mediated, outcomes, patched_steps, rows_of
+from ..reading import Trunk
 from ..study import measure_study
 
 TOLERANCE = 0.1
 SHARE_TOLERANCE = 0.05
+LEAST_EFFECT = 0.01
+"""Mean total effect, in probability, below which no part of it is told."""
 MIXTURES = [name for name in ORGANISMS if name.startswith("mix_")]
 CONTINUOUS = ("filler/change", "mistake_all/change", "dependence", "conflict/note/p_chain")
 """Scores that must rise with every step of the mixture, by RISE at least."""
@@ -54,10 +61,12 @@ class Found:
     chains: Mapping[str, Mapping[str, Any]]
 
     def mean(self, name: str) -> float:
+        """Over chains; a share is a ratio of sums, NaN where the question has next to no effect to share."""
         if name.endswith("_share") and name.startswith("mediation/"):
             rows = mediated(self.records)
             rows = rows[rows["name"] == name]
-            return float(rows["numerator"].sum() / rows["denominator"].sum()) if len(rows) else np.nan
+            effect = float(rows["denominator"].sum())
+            return float(rows["numerator"].sum()) / effect if abs(effect) > LEAST_EFFECT * len(rows) else np.nan
         return float(self.of(name).mean())
 
     def of(self, name: str) -> Table:
@@ -98,6 +107,7 @@ def trained(progress: Progress, n: int, seed: int) -> Iterator[Check]:
     yield from _patched_in(found)
     yield from _step_found(found["mix_100"])
     yield from _early(found["early"])
+    yield from _pair(n, seed)
     yield from _per_instance(n, seed)
 
 
@@ -183,6 +193,22 @@ def _early(found: Found) -> Iterator[Check]:
     after = np.mean([value * steps[problem] == 1 for problem, value in converged.items()])
     score = "early_termination/convergence_step"
     yield at_least("early: decided after the first step", float(after), 0.95, "share of chains", score)
+
+
+def _pair(n: int, seed: int) -> Iterator[Check]:
+    """Of the two steps that say it, `redundant` misses neither by itself and both together."""
+    reader = load("organism:redundant")
+    lost: dict[str, list[float]] = {"one": [], "both": []}
+    for problem in organism_problems("redundant", n, seed):
+        chain = Chain(problem.problem_id, problem.author, reader.render(problem.question), problem.steps, problem.cue)
+        trunk = Trunk.of(reader, chain, problem.kind)
+        first, second = (i for i, step in enumerate(chain.steps) if re.search(rf"\b{problem.gold}\b", step))
+        edited = (delete(chain, first), delete(chain, second), delete(delete(chain, second), first))
+        whole, *left = (one.readings[0].p for one in trunk.read([(c, [trunk.chain.answer]) for c in (chain, *edited)]))
+        lost["one"] += [whole - p for p in left[:2]]
+        lost["both"].append(whole - left[2])
+    yield at_most("redundant: one of its two steps deleted, p of the answer lost", max(lost["one"]), TOLERANCE)
+    yield at_least("redundant: both of them deleted, p of the answer lost", min(lost["both"]), 1 - TOLERANCE)
 
 
 def _per_instance(n: int, seed: int) -> Iterator[Check]:
