@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import scipy.stats
 
+from cotfaith_mech.metrics import spearman
 from cotfaith_mech.stats import Statistic, interval, ratio_of_sums
 from cotfaith_mech.validation.calibration import written_pool
 
@@ -65,8 +65,7 @@ def populations(rng: np.random.Generator) -> Iterator[tuple[str, Drawn]]:
 
         def of_ranks(rng: np.random.Generator, n: int, y: Any = y) -> tuple[Statistic, float]:
             at = rng.integers(0, len(y), n)
-            pair = pd.DataFrame({"x": x[at], "y": y[at]})
-            return lambda index: float(pair.iloc[index].rank().corr().iloc[0, 1]), float(scipy.stats.spearmanr(x, y)[0])
+            return lambda index: spearman(x[at][index], y[at][index]), spearman(x, y)
 
         yield name, of_ranks
 

@@ -101,6 +101,13 @@ def test_sign_flip_against_all_flips(rng):
     assert np.isnan(stats.sign_flip_p(np.zeros(0), rng))
 
 
+def test_random_sign_flips_against_scipy(rng):
+    d = rng.normal(0.35, 1, 43)
+    oracle = scipy.stats.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=20_000, rng=rng)
+    assert stats.sign_flip_p(d, rng) == pytest.approx(oracle.pvalue, abs=0.01)
+    assert stats.sign_flip_p(d + 5, rng) == pytest.approx(1 / (1 + stats.N_SIGN_FLIPS))
+
+
 def test_mcnemar_is_the_binomial_of_the_flips():
     before = np.array([0.0] * 9 + [1] * 1 + [1] * 6)
     after = np.array([1.0] * 9 + [0] * 1 + [1] * 6)
