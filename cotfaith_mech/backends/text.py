@@ -18,6 +18,16 @@ from .hooks import Layout, check_residual_stream
 from .weights import Weights
 
 
+def rendered(tokenizer: Any, question: str) -> str:
+    """Chat template up to where the assistant's turn begins; without a template BOS + question + newline."""
+    if not question.strip():
+        raise CotfaithError("The question is empty; give one with text.")
+    if tokenizer.chat_template is None:
+        return (tokenizer.bos_token or "") + question + "\n"
+    turns = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
 class TextSide:
     """Encode, decode, render and generate with the model's own tokenizer and template."""
 
@@ -74,13 +84,8 @@ class TextSide:
         return self.tokenizer.decode(list(ids))
 
     def render(self, question: str) -> str:
-        """Chat template up to where the assistant's turn begins; without a template BOS + question + newline."""
-        if not question.strip():
-            raise CotfaithError("The question is empty; give one with text.")
-        if self.tokenizer.chat_template is None:
-            return (self.tokenizer.bos_token or "") + question + "\n"
-        turns = [{"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        """See `rendered`."""
+        return rendered(self.tokenizer, question)
 
     @torch.no_grad()
     def generate(
