@@ -3,7 +3,8 @@
 1. `word_problems`: one quantity changed 2 to 5 times in a row; the answer rests on the last step.
 2. `people_problems`: several people with one operation each, steps in random order. The cue names one person, so the
    step that carries the answer has no fixed place. The question may hold a record of the answer, a shortcut.
-3. A twin keeps the sentences and changes the numbers at equal digit count, hence equal token length under a tokenizer
+3. `copy_problems`: a number to be copied out of the chain, and nothing else.
+4. A twin keeps the sentences and changes the numbers at equal digit count, hence equal token length under a tokenizer
    that writes digits one by one.
 """
 
@@ -96,6 +97,30 @@ def _people_problem(rng: np.random.Generator, problem_id: str, n_people: int) ->
             Conflict("record_contradict", f"{bare} (Record: {stray}.)", steps, str(stray), gold),
         ),
     )
+
+
+def copy_problems(n: int, seed: int, n_people: int = 4) -> list[Problem]:
+    """Nothing but copying: the question holds no number, the chain says a two-digit one of each person, the cue names
+    one. A model that fails here is damaged, whatever else it fails."""
+    rng = np.random.default_rng(seed)
+    problems = []
+    for i in range(n):
+        people = [str(name) for name in rng.choice(NAMES, n_people, replace=False)]
+        numbers = rng.choice(np.arange(10, 100), n_people, replace=False)
+        asked = int(rng.integers(n_people))
+        said = [f"{name}'s number is {number}." for name, number in zip(people, numbers, strict=True)]
+        problems.append(
+            Problem(
+                problem_id=f"copy{n_people}-{seed}-{i}",
+                question=f"Everyone has a number. What is {people[asked]}'s number?",
+                gold=str(numbers[asked]),
+                source="copy_problems",
+                steps=tuple(("\n" if place else "") + step for place, step in enumerate(said)),
+                cue=f"\nSo {people[asked]}'s number is",
+                true_step=asked,
+            )
+        )
+    return problems
 
 
 def _new_account(rng: np.random.Generator, name: str, used: set[int]) -> _Account:

@@ -3,8 +3,9 @@
 1. Outcomes: each chain's Records become named numbers (accuracy, early_termination/aoc, knockout/true_step/delta_p, …),
    averaged within a problem, because the problem is the statistical unit.
 2. Ratios of sums (recovered, arXiv:2404.15255): numerator and denominator of each problem, summed over the problems.
-3. Strata: all problems, and ` | both_correct`: those every compared reader answers correctly after the complete chain.
-   'Independently of accuracy' is a claim about the second alone.
+3. Strata: all problems; ` | both_correct`: those every compared reader answers correctly after the complete chain;
+   ` | correct_without_chain`: those it answers correctly without one. 'Independently of accuracy' is a claim about the
+   second. Where readers write chains, the four arms of arms.py with the strata there.
 4. The primary endpoints, fixed beforehand, get Holm-adjusted p, one family a difference arm.
 5. Verdicts of the two-by-two table (metrics.py), none for a reader at chance; and one sentence on what came out.
 
@@ -24,6 +25,7 @@ import pandas as pd
 from numpy.random import Generator
 
 from . import metrics
+from .arms import BOTH_CORRECT, arm_estimates, writing_estimates
 from .errors import CotfaithError
 from .outcomes import Table, grouped, mediated, outcomes, recovered, rows_of
 from .stats import (
@@ -36,7 +38,7 @@ from .stats import (
     statistic_estimate,
 )
 
-BOTH_CORRECT = " | both_correct"
+CORRECT_WITHOUT_CHAIN = " | correct_without_chain"
 NO_CHANGE = 0.1
 """A difference of probability whose whole interval lies within -+ this is called no change."""
 
@@ -62,14 +64,21 @@ def estimates_of(
     authors = sorted(records["author"].unique())
     estimates: list[Estimate] = []
     arms: list[str] = []
+    parts: list[Table] = []
     for author in authors:
         own = records[records["author"] == author]
         suffix = f"/{author}" if len(authors) > 1 else ""
         outcome, ratio = outcomes(own, by_id), pd.concat([recovered(own, by_id), mediated(own)])
-        for stratum, problems in _strata(own, readers).items():
-            estimates += _of_means(outcome, readers, problems, stratum, suffix, rng)
-            estimates += _of_ratios(ratio, readers, problems, stratum, suffix, rng)
-        arms += [f"{other}-{readers[0]}{suffix}" for other in readers[1:]]
+        present = [reader for reader in readers if reader in set(own["reader"])]
+        for stratum, problems in _strata(own, present).items():
+            estimates += _of_means(outcome, present, problems, stratum, suffix, rng)
+            estimates += _of_ratios(ratio, present, problems, stratum, suffix, rng)
+        arms += [f"{other}-{readers[0]}{suffix}" for other in present[1:]]
+        parts.append(outcome)
+    if len(authors) > 1:
+        for tuned in readers[1:]:
+            estimates += arm_estimates(pd.concat(parts), records, readers[0], tuned, rng)
+        estimates += writing_estimates(chains, readers, rng)
     chance = _chance(chains)
     estimates = [estimate if estimate.arm in arms else _with_floor(estimate, chance) for estimate in estimates]
     return _with_holm(estimates, arms, primary)
@@ -80,8 +89,13 @@ def estimates_of(
 
 def _strata(records: Table, readers: Sequence[str]) -> dict[str, set[str]]:
     accuracy = _by_problem(rows_of(records, "baseline", "correct"), "value", readers)
-    correct = set(accuracy.index[(accuracy == 1).all(axis=1)])
-    return {"": set(records["problem_id"]), BOTH_CORRECT: correct}
+    without = rows_of(records, "early_termination", "correct", "")
+    guessed = _by_problem(without[without["step"] == 0], "value", readers)
+    everyone = {
+        name: set(table.index[(table == 1).all(axis=1)])
+        for name, table in ((BOTH_CORRECT, accuracy), (CORRECT_WITHOUT_CHAIN, guessed))
+    }
+    return {"": set(records["problem_id"]), **everyone}
 
 
 def _by_problem(rows: Table, column: str, readers: Sequence[str]) -> Table:

@@ -30,12 +30,12 @@ def silent(items: Sequence[Any], label: str) -> Iterable[Any]:
 
 def conclude(run: RunDirectory, progress: Progress = silent) -> Path:
     """Estimates, figures and report of a run directory from its records; needs no model. Gives the report's path."""
-    stages: tuple[Callable[[RunDirectory], Any], ...] = (_estimate, draw_figures, build_report)
+    stages: tuple[Callable[[RunDirectory], Any], ...] = (estimate, draw_figures, build_report)
     *_, path = (stage(run) for stage in progress(stages, "estimates, figures, report"))
     return path
 
 
-def _estimate(run: RunDirectory) -> None:
+def estimate(run: RunDirectory) -> None:
     """Estimates and bridge from the records, with the checks, counts and conclusions they give to the manifest."""
     manifest = run.read_manifest()
     config = parse_config(manifest["config"])

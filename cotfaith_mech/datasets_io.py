@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import people_problems, word_problems
+from .arithmetic import copy_problems, people_problems, word_problems
 from .errors import CotfaithError
 from .formats import TEMPLATES, Entry, Format, Origin, Row, check_template, detect, of_row
 from .inspect_logs import is_log, read_log
 from .organisms.rules import organism_problems
 from .problems import Problem
 
-_GENERATORS = {"people": people_problems, "arithmetic": word_problems}
+_GENERATORS = {"people": people_problems, "arithmetic": word_problems, "copy": copy_problems}
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))??(?::([\w.-]+))?")
 
 

@@ -57,6 +57,7 @@ def draw_figures(run: RunDirectory) -> list[Path]:
 def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
     manifest = run.read_manifest()
     config, apart = manifest.get("config") or {}, views.disagreements(manifest)
+    records, chains = views.one_author(records, chains, config)
     readers = views.readers_of(config, records)
     if len(curves := views.curves(records, chains)):
         yield "curves", curve_figure(curves, readers)

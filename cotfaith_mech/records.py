@@ -189,7 +189,25 @@ class RunDirectory:
 
     def read_unit_meta(self) -> list[dict[str, Any]]:
         """The JSON object each unit was written with, in the order of `read_records`."""
-        return [json.loads(_parquet_schema(path).metadata[_META_KEY]) for path in self._units()]
+        found = [json.loads(_parquet_schema(path).metadata[_META_KEY]) for path in self._units()]
+        return [meta for one in found for meta in (one if isinstance(one, list) else [one])]
+
+    def compacted(self, path: str | Path) -> RunDirectory:
+        """A copy in `path` with all records in one file, far smaller: to keep, draw and conclude from again, not to
+        resume. Figures and report are left out; they are made from it."""
+        path = Path(path)
+        tables = [_read_parquet(unit, SCHEMA).replace_schema_metadata(None) for unit in self._units()]
+        meta = json.dumps(self.read_unit_meta(), allow_nan=False).encode()
+        table = pa.concat_tables(tables).replace_schema_metadata({_META_KEY: meta})
+        _write_atomically(
+            path / "records" / "all.parquet",
+            lambda file: pq.write_table(table, file, compression="zstd", compression_level=19),
+        )
+        for name in ("manifest.json", "chains.jsonl", "exclusions.jsonl", "estimates.parquet"):
+            if (self.path / name).is_file():
+                content = (self.path / name).read_bytes()
+                _write_atomically(path / name, lambda file, content=content: file.write(content))
+        return RunDirectory(path)
 
     def write_chains(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """One chain per line: `Chain.to_json()` and the study's own keys."""

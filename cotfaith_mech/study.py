@@ -1,6 +1,6 @@
 """A study: readers x problems x tests, from one config to one run directory.
 
-1. Every problem gets one chain (supplied, or written by the first reader). 2. The unit of work is one (reader, chain):
+1. Every problem gets a chain of each author (authoring.py). 2. The unit of work is one (reader, chain):
 idempotent, named by a content hash, written atomically; a rerun computes only what is missing. 3. Every reader's run
 cross-checks itself against TransformerLens and nnsight. 4. Estimates, figures and report come from the records alone.
 """
@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .answers import states_answer
+from .authoring import is_read, missing_of, problem_for, see_to_chains, see_to_paraphrases
 from .behaviour import measure_behaviour
 from .chains import Chain
 from .conclude import ALL, Progress, conclude, silent, why_empty
-from .config import ReaderConfig, StudyConfig
+from .config import SUPPLIED, Mechanism, ReaderConfig, StudyConfig
 from .contrast import AnswerContrast
 from .datasets_io import read_problems
 from .errors import CotfaithError, EndpointError
 from .knockout import ALL_EDGES, KnockoutPlan, measure_knockout
 from .measured import Measured
 from .mediation import measure_cmi, measure_mediation
-from .paraphrasers import Paraphrases, by_model, by_rules, supplied
+from .paraphrasers import Paraphrases
 from .patching import PatchPlan, measure_patching
 from .problems import Problem
 from .records import Record, RunDirectory, unit_id
@@ -59,38 +59,66 @@ def run_study(config: StudyConfig, out: str | Path, progress: Progress = silent)
 def measure_study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> RunDirectory:
     """The records of what is missing of `config` in the run directory `out`, and nothing concluded from them."""
     run, problems, manifest = _begin(config, out)
-    model: TextReader | None = None
+    held = _write(config, problems, run, progress)
     for reader in config.readers:
         started, n_units = time.perf_counter(), len(run.read_unit_meta())
-        model = _load(config, reader, run, progress)
-        if reader == config.readers[0]:
-            _chains(config, model, problems, run, progress)
-            _write_paraphrases(config, model, problems, run, progress)
-        manifest["models"][reader.name] = dataclasses.asdict(model.info)
-        manifest["checks"] += _run_reader(config, reader, model, problems, run, progress)
+        manifest["models"][reader.name] = dataclasses.asdict(held(reader, "reader").info)
+        manifest["checks"] += _run_reader(config, reader, held(reader, "reader"), problems, run, progress)
         spent = round(time.perf_counter() - started, 1)
         known = run.read_manifest().get("timings", {}).get(reader.name, spent)
         manifest["timings"][reader.name] = spent if len(run.read_unit_meta()) > n_units else known
-    model = None
+    del held
     _write_manifest(run, manifest)
     if config.cross_model:
         _run_pairs(config, problems, run, progress)
     return run
 
 
+class _Held:
+    """The model loaded last, kept until another is asked for; pinned, in each role it is asked for, by the hashes of
+    its weights and of its text side."""
+
+    def __init__(self, config: StudyConfig, run: RunDirectory, progress: Progress) -> None:
+        self._run, self._load = run, lambda reader: _load(config, reader, progress)
+        self._of: ReaderConfig | None = None
+        self._model: TextReader | None = None
+
+    def __call__(self, reader: ReaderConfig, role: str) -> TextReader:
+        name = {"name": reader.name}
+        if self._model is None or self._of is None or self._of.model_copy(update=name) != reader:
+            self._model = None
+            self._model, self._of = self._load(reader), reader
+        info = self._model.info
+        self._run.pin(f"{role} {reader.name}", {"weights": info.weights_hash, "text": info.text_hash})
+        return self._model
+
+
+def _write(config: StudyConfig, problems: Sequence[Problem], run: RunDirectory, progress: Progress) -> _Held:
+    """Chains of every author and their paraphrases, where they are missing; and the model that was used last."""
+    held, by_name = _Held(config, run, progress), {reader.name: reader for reader in config.readers}
+    for author in config.all_authors:
+        if missing_of(author, problems, run):
+            see_to_chains(
+                config, author, held(by_name.get(author, config.readers[0]), "reader"), problems, run, progress
+            )
+    see_to_paraphrases(config, problems, run, held, progress)
+    return held
+
+
 def _run_pairs(config: StudyConfig, problems: Sequence[Problem], run: RunDirectory, progress: Progress) -> None:
     """Cross-model patching of every tuned reader with the first; what is on disk is left alone. Two models are held."""
     base: TextReader | None = None
     first, *others = config.readers
-    rows = run.read_chains()
+    rows = [row for row in run.read_chains() if config.opens(row["author"])]
     for reader in others:
         names = [unit_id([first.name, reader.name], row["chain_id"], ["cross_model"]) for row in rows]
         missing = [(name, row) for name, row in zip(names, rows, strict=True) if not run.has_unit(name)]
         if reader.mechanism and missing:
-            base = base or _load(config, first, run, progress)
-            tuned = _load(config, reader, run, progress)
+            base = base or _load(config, first, progress)
+            tuned = _load(config, reader, progress)
             try:
-                _run_pair(problems, (first.name, base), (reader.name, tuned), missing, run, progress)
+                pair = ((first.name, base), (reader.name, tuned))
+                _run_pair(problems, pair, missing, run, progress, layers=config.cross_model is True)
             except CotfaithError as error:
                 run.add_exclusion(problem_id=ALL, reader=reader.name, stage="measure", reason=f"cross-model: {error}")
             del tuned
@@ -98,19 +126,21 @@ def _run_pairs(config: StudyConfig, problems: Sequence[Problem], run: RunDirecto
 
 def _run_pair(
     problems: Sequence[Problem],
-    base: tuple[str, TextReader],
-    tuned: tuple[str, TextReader],
+    both: tuple[tuple[str, TextReader], tuple[str, TextReader]],
     missing: Sequence[tuple[str, dict[str, Any]]],
     run: RunDirectory,
     progress: Progress,
+    *,
+    layers: bool,
 ) -> None:
     from .crossmodel import Pair, measure_cross_model
 
-    by_id, pair, reader = {problem.problem_id: problem for problem in problems}, Pair.of(base[1], tuned[1]), tuned[0]
-    for name, row in progress(missing, f"{base[0]} x {reader}"):
+    (first, base), (reader, tuned) = both
+    by_id, pair = {problem.problem_id: problem for problem in problems}, Pair.of(base, tuned)
+    for name, row in progress(missing, f"{first} x {reader}"):
         chain = Chain.from_json(row)
         try:
-            measured = measure_cross_model(pair, by_id[chain.problem_id], chain, reader)
+            measured = measure_cross_model(pair, by_id[chain.problem_id], chain, reader, layers=layers)
         except CotfaithError as error:
             _exclude(run, chain, reader, "measure", f"cross-model patching: {error}")
             continue
@@ -123,10 +153,14 @@ def _run_pair(
 def generate_chains(config: StudyConfig, out: str | Path, progress: Progress = silent) -> RunDirectory:
     """Let the first reader of `config` write chains into `out`/chains.jsonl, and measure nothing."""
     run, problems, manifest = _begin(config, out)
-    model = _load(config, config.readers[0], run, progress)
-    n_chains = _chains(config, model, problems, run, progress)
+    model = _Held(config, run, progress)(config.readers[0], "reader")
+    see_to_chains(config, config.readers[0].name, model, problems, run, progress)
     manifest["models"][config.readers[0].name] = dataclasses.asdict(model.info)
-    manifest["counts"] = {"problems": len(problems), "chains": n_chains, "exclusions": len(run.read_exclusions())}
+    manifest["counts"] = {
+        "problems": len(problems),
+        "chains": len(run.read_chains()),
+        "exclusions": len(run.read_exclusions()),
+    }
     _write_manifest(run, manifest)
     return run
 
@@ -154,9 +188,8 @@ def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Pro
     run = RunDirectory.create(out, plain)
     problems, left_out = read_problems(config.problems, config.limit, config.seed, config.template)
     shown: list[Problem] = []
-    if config.chains == "generate":
+    if config.all_authors != (SUPPLIED,):
         problems, shown = few_shot(problems, config.generation.few_shot)
-        problems = [dataclasses.replace(p, steps=(), twin_steps=(), true_step=None) for p in problems]
     content = json.dumps([dataclasses.asdict(problem) for problem in problems], sort_keys=True)
     run.pin("software", {"cotfaith-mech": metadata.version("cotfaith-mech")})
     run.pin("data", {"source": config.problems, "sha256": hashlib.sha256(content.encode()).hexdigest()})
@@ -186,17 +219,14 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
-def _load(
-    config: StudyConfig, reader: ReaderConfig, run: RunDirectory, progress: Progress, role: str = "reader"
-) -> TextReader:
-    """The reader's model or endpoint, pinned in its role by the hashes of its weights and of its text side."""
+def _load(config: StudyConfig, reader: ReaderConfig, progress: Progress) -> TextReader:
+    """The reader's model or endpoint."""
     (model,) = (_loaded(config, reader) for reader in progress([reader], f"load {reader.name}"))
     n_layers = getattr(model.info, "n_layers", None)
     if n_layers and (absent := [layer for layer in config.patch_layers or () if not 0 <= layer < n_layers]):
         raise CotfaithError(
             f"patch_layers names {absent}, but {reader.name!r} has layers 0 to {n_layers - 1}; name these."
         )
-    run.pin(f"{role} {reader.name}", {"weights": model.info.weights_hash, "text": model.info.text_hash})
     return model
 
 
@@ -251,16 +281,19 @@ def _units(
     config: StudyConfig, reader: ReaderConfig, model: TextReader, problems: Sequence[Problem], run: RunDirectory
 ) -> list[_Unit]:
     """The units of `reader`, each named by all that its records rest on."""
-    apart = {"readers", "problems", "limit", "primary", "crosscheck_cells", "keep_on_cpu"}
+    apart = {"readers", "problems", "limit", "primary", "crosscheck_cells", "keep_on_cpu", "authors"}
+    apart |= {"mechanism_authors", "cross_model", "labels"}
     plan = config.model_dump(mode="json", exclude=apart)
     identity = [reader.name, model.info.weights_hash, reader.mechanism, reader.tests]
-    rows = {row["problem_id"]: row for row in run.read_chains()}
+    by_id = {problem.problem_id: problem for problem in problems}
     units = []
-    for problem in problems:
-        if row := rows.get(problem.problem_id):
+    for row in run.read_chains():
+        if row["problem_id"] in by_id and is_read(config, reader.name, row["author"]):
+            problem = problem_for(by_id[row["problem_id"]], row["author"])
             chain = dataclasses.replace(Chain.from_json(row), prompt=model.render(problem.question))
             paraphrases = row.get("paraphrases")
-            name = unit_id(identity, chain.chain_id, [plan, dataclasses.asdict(problem), paraphrases])
+            opened = config.opens(row["author"])
+            name = unit_id([*identity, opened], chain.chain_id, [plan, dataclasses.asdict(problem), paraphrases])
             made = Paraphrases.from_json(paraphrases) if paraphrases else Paraphrases("none", (), {})
             units.append(_Unit(name, problem, chain, made))
     return units
@@ -317,86 +350,6 @@ def _check_names(reader: str) -> list[str]:
     return [f"crosscheck/{backend}/{reader}" for backend in BACKENDS]
 
 
-def _chains(
-    config: StudyConfig, model: TextReader, problems: Sequence[Problem], run: RunDirectory, progress: Progress
-) -> int:
-    """See that chains.jsonl has one chain a problem: there already, supplied, or written by the first reader.
-
-    The rest are exclusions. Gives the number of chains.
-    """
-    from .sampling import supplied_chain, write_chains
-
-    known = run.read_chains() if (run.path / "chains.jsonl").exists() else []
-    rows = {row["problem_id"]: row for row in known}
-    done = {*rows, *(row["problem_id"] for row in run.read_exclusions() if row["stage"] == "chain")}
-    missing = [problem for problem in problems if problem.problem_id not in done]
-
-    def save() -> None:
-        run.write_chains(rows[p.problem_id] for p in problems if p.problem_id in rows)
-
-    if config.chains == "generate" and missing:
-        options = config.generation.model_dump(exclude={"few_shot"})
-        written = write_chains(model, problems, config.readers[0].name, done=done, seed=config.seed, **options)
-        for problem, (_, chain, reason) in zip(progress(missing, "write chains"), written, strict=True):
-            if chain is None:
-                run.add_exclusion(problem_id=problem.problem_id, stage="chain", reason=reason)
-            else:
-                rows[problem.problem_id] = _chain_row(problem, chain)
-                save()
-    elif missing:
-        for problem in missing:
-            if problem.steps:
-                rows[problem.problem_id] = _chain_row(problem, supplied_chain(model, problem))
-            else:
-                reason = "the problem comes without a chain; use --generate, or chains: generate"
-                run.add_exclusion(problem_id=problem.problem_id, stage="chain", reason=reason)
-    save()
-    return len(rows)
-
-
-def _write_paraphrases(
-    config: StudyConfig, model: TextReader, problems: Sequence[Problem], run: RunDirectory, progress: Progress
-) -> None:
-    """Put paraphrases beside every chain in chains.jsonl that has none yet: the same ones for every reader."""
-    tests = [config.tests if reader.tests is None else reader.tests for reader in config.readers]
-    rows = run.read_chains()
-    missing = [row for row in rows if "paraphrases" not in row]
-    if not missing or not any("paraphrase" in chosen for chosen in tests):
-        return
-    author = None
-    if isinstance(config.paraphraser, ReaderConfig):
-        same = config.paraphraser.model_dump(exclude={"name"}) == config.readers[0].model_dump(exclude={"name"})
-        author = model if same else _load(config, config.paraphraser, run, progress, "paraphraser")
-    by_id = {problem.problem_id: problem for problem in problems}
-    for row in progress(missing, "paraphrase chains"):
-        seed = int(row["chain_id"][:8], 16) ^ config.seed
-        if author is not None:
-            made = by_model(author, row["steps"], config.draws, seed)
-            row["paraphrases"] = made.to_json()
-            run.write_chains(rows)
-        elif config.paraphraser == "rules":
-            row["paraphrases"] = by_rules(row["steps"], config.draws, seed).to_json()
-        else:
-            row["paraphrases"] = supplied(row["steps"], by_id[row["problem_id"]].paraphrases).to_json()
-            if not row["paraphrases"]["draws"]:
-                reason = "paraphraser: supplied, but the problem comes with none; add `paraphrases` to its row"
-                run.add_exclusion(problem_id=row["problem_id"], stage="paraphrase", reason=reason)
-    run.write_chains(rows)
-
-
-def _chain_row(problem: Problem, chain: Chain) -> dict[str, Any]:
-    return chain.to_json() | {
-        "question": problem.question,
-        "gold": problem.gold,
-        "kind": problem.kind,
-        "choices": list(problem.choices),
-        "source": problem.source,
-        "answer_steps": [i for i, s in enumerate(chain.steps) if states_answer(s, problem.gold, problem.kind)],
-        "true_step": problem.true_step,
-        "twin_answer": problem.twin_answer,
-    }
-
-
 def _measure(
     config: StudyConfig, reader: ReaderConfig, trunk: ChainReader, unit: _Unit, donors: Sequence[Chain]
 ) -> tuple[Measured, list[str]]:
@@ -415,7 +368,9 @@ def _measure(
     measured = measure_behaviour(
         trunk, unit.problem, reader.name, plan, paraphrases=unit.paraphrases, donors=donors[:SWAP_DONORS], seed=seed
     )
-    parts = _mechanism(config, reader, trunk, unit.problem, donors, seed) if isinstance(trunk, Trunk) else {}
+    parts = {}
+    if isinstance(trunk, Trunk) and config.opens(trunk.chain.author):
+        parts = _mechanism(config, reader, trunk, unit.problem, donors, seed)
     failed = []
     for name, measure in parts.items():
         try:
@@ -431,38 +386,31 @@ def _measure(
 
 def _mechanism(
     config: StudyConfig, reader: ReaderConfig, trunk: Trunk, problem: Problem, donors: Sequence[Chain], seed: int
-) -> dict[str, Callable[[], Measured]]:
-    """What is measured inside the reader, by name: the knockout always, with the full battery the decision trace, the
-    rest where the reader's mechanism is asked for."""
+) -> dict[Mechanism, Callable[[], Measured]]:
+    """What is measured inside the reader, by name (StudyConfig.mechanisms_of)."""
     from .attribution import measure_attribution
     from .attribution_patching import measure_attribution_patching
     from .trace import measure_trace
 
     full, name = config.battery == "full", reader.name
     plan = KnockoutPlan(ALL_EDGES, ("masked", "zeroed")) if full and reader.mechanism else KnockoutPlan()
-    parts: dict[str, Callable[[], Measured]] = {
+    heads = PatchPlan(config.patch_layers, ("denoise",), ("z",), by_head=True)
+    cut = KnockoutPlan(("heads",), ("zeroed",))
+    named = AnswerContrast.named
+    parts: dict[Mechanism, Callable[[], Measured]] = {
         "knockout": lambda: measure_knockout(trunk, name, plan, seed=seed),
+        "decision_trace": lambda: measure_trace(trunk, name),
+        "patching": lambda: measure_patching(trunk, problem, name, config.patches, donors=donors, seed=seed),
+        "attribution": lambda: measure_attribution(trunk, problem, name, full=full),
+        "mediation": lambda: measure_mediation(trunk, problem, name),
+        "mediation_index": lambda: measure_cmi(trunk, donors, name, seed=seed),
+        "head_patching": lambda: measure_patching(trunk, problem, name, heads, controls=False, seed=seed),
+        "attribution_patching": lambda: measure_attribution_patching(trunk, problem, name, seed=seed),
+        "head_knockout": lambda: measure_knockout(
+            trunk, name, cut, contrast=named(trunk, problem.twin_answer), seed=seed
+        ),
     }
-    if full:
-        parts["decision trace"] = lambda: measure_trace(trunk, name)
-    if reader.mechanism:
-        parts["patching"] = lambda: measure_patching(trunk, problem, name, config.patches, donors=donors, seed=seed)
-    if reader.mechanism and config.attribution:
-        parts["attribution"] = lambda: measure_attribution(trunk, problem, name, full=full)
-    if reader.mechanism and full:
-        heads = PatchPlan(config.patch_layers, ("denoise",), ("z",), by_head=True)
-        cut = KnockoutPlan(("heads",), ("zeroed",))
-        parts["mediation"] = lambda: measure_mediation(trunk, problem, name)
-        parts["mediation index"] = lambda: measure_cmi(trunk, donors, name, seed=seed)
-        if not (config.patch_by_head and "z" in config.patch_sites):
-            parts["patching of heads"] = lambda: measure_patching(
-                trunk, problem, name, heads, controls=False, seed=seed
-            )
-        parts["attribution patching"] = lambda: measure_attribution_patching(trunk, problem, name, seed=seed)
-        parts["knockout of heads"] = lambda: measure_knockout(
-            trunk, name, cut, contrast=AnswerContrast.named(trunk, problem.twin_answer), seed=seed
-        )
-    return parts
+    return {part: parts[part] for part in config.mechanisms_of(reader)}
 
 
 def _undefined(measured: Measured) -> list[str]:

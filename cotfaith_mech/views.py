@@ -47,6 +47,20 @@ EFFECTS = (
 )
 
 
+def one_author(
+    records: Table, chains: Sequence[dict[str, Any]], config: dict[str, Any]
+) -> tuple[Table, list[dict[str, Any]]]:
+    """Records and chains of one author, where a run has several: a picture of one reader's scores must not mix whose
+    chains it read. The one whose chains were opened, else the first."""
+    authors = list(dict.fromkeys(str(chain["author"]) for chain in chains))
+    if len(authors) < 2:
+        return records, list(chains)
+    names = {reader["name"] for reader in config.get("readers") or []}
+    wanted = (config.get("mechanism_authors") or config.get("authors") or authors)[0]
+    own = wanted if wanted in authors else next((author for author in authors if author not in names), authors[0])
+    return records[records["author"] == own], [chain for chain in chains if chain["author"] == own]
+
+
 def steps_of(chains: Sequence[dict[str, Any]]) -> Table:
     """One row per step of each chain: `chain_id step role`."""
     rows = []

@@ -26,10 +26,11 @@ import datasets
 import peft
 import torch
 import transformers
-import trl
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from cotfaith_mech.backends.text import rendered
 from cotfaith_mech.backends.weights import load_weights, locate
@@ -44,8 +45,9 @@ CARD = "training_card.json"
 
 class Recipe(BaseModel):
     """How one adapter is made. `problems`: a source of `cotfaith test -p`, for a generator without number and seed
-    ('people'); `questions: bare` leaves out what a generator's question records of the answer; `lora_rank` is that of
-    the delta, next to the rank of `start`. With `quantize` the base is held in 4 bit (QLoRA; needs a GPU)."""
+    ('people', 'organism:mix_100'); `questions: bare` leaves out what a generator's question records of the answer;
+    `lora_rank` is that of the delta, next to the rank of `start`. With `quantize` the base is held in 4 bit (QLoRA;
+    needs a GPU)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     condition: str
@@ -94,7 +96,7 @@ def recipes(config: Mapping[str, Any]) -> list[Recipe]:
 def training_problems(recipe: Recipe) -> list[Problem]:
     """As many problems as the training reads once, fewer where the source has fewer (it is then read again)."""
     data_seed = 1000 + recipe.seed
-    generated = recipe.problems.isidentifier()
+    generated = recipe.problems.isidentifier() or recipe.problems.startswith("organism:")
     source = f"{recipe.problems}:{recipe.n_examples}:{data_seed}" if generated else recipe.problems
     problems, left_out = read_problems(source, recipe.n_examples, data_seed, recipe.template)
     usable = [problem for problem in problems if problem.steps or recipe.completion == "answer"]
@@ -130,7 +132,7 @@ def examples(recipe: Recipe, tokenizer: Any, problems: list[Problem]) -> list[di
 # 2. training
 
 
-class CompletionTrainer(trl.SFTTrainer):
+class CompletionTrainer(SFTTrainer):
     """TRL's trainer with logits, by far the largest tensor, only where a completion's token is predicted."""
 
     def compute_loss(
@@ -169,7 +171,7 @@ def train(recipe: Recipe, folder: Path, start: Path | None) -> dict[str, Any]:
     found = examples(recipe, tokenizer, training_problems(recipe))
     rows = [row for row in found if len(row["input_ids"]) <= recipe.max_tokens]
     scratch, on_gpu = folder / "checkpoints", torch.cuda.is_available()
-    arguments = trl.SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(scratch),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch,
@@ -256,7 +258,9 @@ def stack(start: Path | None, delta: Path, folder: Path) -> None:
 def randomised(like: Path, folder: Path, seed: int) -> dict[str, Any]:
     """A random delta saved below `folder`, module by module of the Frobenius norm of the one trained below `like`."""
     tensors, factor = _read(like / TRAINED)
-    generator, drawn, norms = torch.Generator().manual_seed(seed), {}, []
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    drawn, norms = {}, []
     for a, b in _pairs(tensors):
         old = frobenius(tensors[a].float(), tensors[b].float())
         drawn[a] = torch.randn(tensors[a].shape, generator=generator)

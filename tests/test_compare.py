@@ -35,7 +35,8 @@ def table(*groups):
 
 def chain_rows(problems, **extra):
     steps = ["a", "b", "c"]
-    return [{"chain_id": f"c-{p}", "problem_id": p, "steps": steps, "true_step": TRUE, **extra} for p in problems]
+    row = {"steps": steps, "true_step": TRUE, "author": "gold"} | extra
+    return [{"chain_id": f"c-{p}", "problem_id": p, **row} for p in problems]
 
 
 def estimates(records, problems=("p0",), readers=("A",), primary=(), **extra):

@@ -89,6 +89,8 @@ def p_value(value: float) -> str:
 def _context(run: RunDirectory) -> dict[str, Any]:
     manifest, records, chains = run.read_manifest(), run.read_records(), run.read_chains()
     config = manifest.get("config") or {}
+    authors = list(dict.fromkeys(str(chain["author"]) for chain in chains))
+    records, chains = views.one_author(records, chains, config)
     readers = views.readers_of(config, records)
     estimates = run.read_estimates() if (run.path / "estimates.parquet").is_file() else []
     apart = views.disagreements(manifest)
@@ -105,6 +107,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "title": " · ".join(readers),
         "readers": _reader_rows(readers, config, manifest, estimates),
         "n_problems": records["problem_id"].nunique(),
+        "other_authors": [author for author in authors if author != chains[0]["author"]] if chains else [],
         "verdicts": _verdicts(manifest),
         "two_by_two": _two_by_two(manifest, estimates),
         "checks": manifest.get("checks") or [],

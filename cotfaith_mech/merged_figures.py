@@ -1,0 +1,71 @@
+"""Pictures of several runs merged: every training seed a dot, and the shares of the two-by-two table."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .figure_style import PAPER_WIDTH, colour_of, drawable, marker_of
+from .merge import Merged
+from .metrics import CELLS
+
+CELL_COLOURS = {
+    "load_bearing": "#0072B2",
+    "encoded_or_fragile": "#56B4E9",
+    "decorative": "#D55E00",
+    "unstable": "#CC79A7",
+    "undecided": "#CCCCCC",
+}
+
+
+def seeds_figure(rows: Sequence[Merged], groups: Sequence[str]) -> Figure:
+    """Differences to the base, grouped by endpoint: mean over training seeds with its interval, each seed a dot."""
+    names = list(dict.fromkeys(row.estimate.name for row in rows))
+    height = len(groups) + 0.7
+    figure = Figure(figsize=(PAPER_WIDTH, 0.9 + 0.17 * len(names) * height))
+    axis = figure.subplots()
+    for row in rows:
+        estimate, colour = row.estimate, colour_of(list(groups), row.group)
+        y = names.index(estimate.name) * height + groups.index(row.group)
+        seeds = np.array(list(row.seeds.values()))
+        axis.scatter(seeds, np.full(len(seeds), y), s=9, color=colour, alpha=0.45, linewidths=0)
+        axis.plot([estimate.ci_low, estimate.ci_high], [y, y], color=colour)
+        axis.plot(estimate.value, y, marker=marker_of(list(groups), row.group), color=colour, markersize=4.5)
+        text = f"{estimate.value:+.2f} [{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}]  {len(seeds)} seeds"
+        axis.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
+    for group in groups:
+        axis.plot([], [], color=colour_of(list(groups), group), marker=marker_of(list(groups), group), label=group)
+    axis.axvline(0, color="#555555", linewidth=0.8, zorder=0)
+    centres = [i * height + (len(groups) - 1) / 2 for i in range(len(names))]
+    axis.set_yticks(centres, [textwrap.fill(drawable(name.split(" | ")[0]).replace("/", " / "), 26) for name in names])
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel("tuned minus base, 95% interval over training seeds (t)")
+    axis.grid(axis="x", color="#E6E6E6", linewidth=0.6)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
+    return figure
+
+
+def verdict_figure(shares: dict[str, dict[str, float]]) -> Figure:
+    """Share of chains in each cell of the two-by-two table, a bar a reader: `{reader: {cell: share}}`."""
+    figure = Figure(figsize=(PAPER_WIDTH, 0.9 + 0.28 * len(shares)))
+    axis = figure.subplots()
+    left = np.zeros(len(shares))
+    for cell in (*CELLS, "undecided"):
+        width = np.array([own.get(cell, 0.0) for own in shares.values()])
+        axis.barh(
+            range(len(shares)), width, left=left, height=0.7, color=CELL_COLOURS[cell], label=cell.replace("_", " ")
+        )
+        for y, (start, size) in enumerate(zip(left, width, strict=True)):
+            if size >= 0.08:
+                axis.text(start + size / 2, y, f"{size:.2f}", ha="center", va="center", fontsize=7)
+        left = left + width
+    axis.set_yticks(range(len(shares)), [drawable(name).replace("_", " ") for name in shares])
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1), xlabel="share of chains")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=7)
+    return figure
