@@ -241,13 +241,27 @@ def compare(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Rebuild estimates, figures and report.html from the records. Example: cotfaith report runs/demo"""
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Run directory; several are merged by their labels.")],
+    out: Annotated[Path, typer.Option(help="Where the page of several runs goes.")] = Path("runs/merged"),
+) -> None:
+    """Rebuild estimates, figures and report.html from the records. Example: cotfaith report runs/demo
+
+    Several runs (training seeds, conditions, model sizes) become one page; a folder without a run is listed as not run.
+    Example: cotfaith report runs/ladder/* --out runs/ladder_report
+    """
     from .conclude import conclude
     from .records import RunDirectory
+    from .report import build_merged
 
-    with _bars(quiet=False) as progress:
-        path = conclude(RunDirectory(run), progress)
+    if len(run) == 1:
+        with _bars(quiet=False) as progress:
+            path = conclude(RunDirectory(run[0]), progress)
+    else:
+        there = [path for path in run if (path / "manifest.json").is_file()]
+        if not there:
+            raise CotfaithError(f"None of the {len(run)} folders is a run directory; give folders of `cotfaith study`.")
+        path = build_merged([RunDirectory(path) for path in there], [path for path in run if path not in there], out)
     typer.echo(f"Report: {path}")
 
 

@@ -42,7 +42,7 @@ def group_of(labels: Mapping[str, Any]) -> str:
 
 
 def merged(runs: Sequence[RunDirectory], primary: Sequence[str] = ()) -> list[Merged]:
-    """Every estimate of a difference, group by group in the order of `runs`; `primary` endpoints (with the arm's end,
+    """Every estimate, group by group in the order of `runs`; `primary` endpoints (with the arm's end,
     as 'filler/change@/supplied', where chains of several authors were read) get Holm's p over each group's.
 
     Raises CotfaithError where two runs have the same labels, or rest on other problems or another base.

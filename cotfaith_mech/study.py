@@ -240,7 +240,7 @@ def _loaded(config: StudyConfig, reader: ReaderConfig) -> TextReader:
 
     return load(
         reader.model,
-        adapter=_adapter(reader),
+        adapter=reader.adapter,
         backend=reader.backend,
         device=config.device,
         dtype=config.dtype,
@@ -258,13 +258,6 @@ def _opened(config: StudyConfig, model: TextReader, chain: Chain, problem: Probl
         return AskedChain.of(model, chain, problem.kind, problem.labels, config.min_label_mass)
     assert isinstance(model, Model)
     return Trunk.of(model, chain, problem.kind, problem.labels, problem.gold, config.min_label_mass)
-
-
-def _adapter(reader: ReaderConfig) -> str | None:
-    """`package:a` names an adapter that ships with this package."""
-    if reader.adapter is not None and reader.adapter.startswith("package:"):
-        return str(Path(__file__).parent / "adapters" / reader.adapter.removeprefix("package:"))
-    return reader.adapter
 
 
 @dataclasses.dataclass(frozen=True)

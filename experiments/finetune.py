@@ -38,7 +38,6 @@ from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.problems import Problem
 
-PACKAGE_ADAPTERS = Path(__file__).resolve().parents[1] / "cotfaith_mech" / "adapters"
 TRAINED = "trained"
 CARD = "training_card.json"
 
@@ -204,8 +203,8 @@ def train(recipe: Recipe, folder: Path, start: Path | None) -> dict[str, Any]:
     )
     began = time.time()
     trainer.train(resume_from_checkpoint=any(scratch.glob("checkpoint-*")))
-    assert trainer.model is not None
-    trainer.model.save_pretrained(str(folder / TRAINED))
+    trained: Any = trainer.model
+    trained.save_pretrained(str(folder / TRAINED))
     shutil.rmtree(scratch)
     return {
         "data": {
@@ -297,7 +296,7 @@ def make(recipe: Recipe, out: Path) -> Path:
             )
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    start = start_folder(recipe.start)
+    start = locate(recipe.start) if recipe.start else None
     if recipe.random_like is None:
         told = train(recipe, folder, start)
     else:
@@ -314,12 +313,6 @@ def make(recipe: Recipe, out: Path) -> Path:
     temporary.write_text(json.dumps({"recipe": recipe.model_dump(), **told}, indent=1) + "\n")
     os.replace(temporary, card)
     return folder
-
-
-def start_folder(start: str | None) -> Path | None:
-    if start is None:
-        return None
-    return PACKAGE_ADAPTERS / start.removeprefix("package:") if start.startswith("package:") else locate(start)
 
 
 def main() -> None:

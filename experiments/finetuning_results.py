@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-import scipy.stats
 import yaml
 from matplotlib.figure import Figure
 
@@ -31,7 +30,7 @@ from cotfaith_mech.figures import (
 )
 from cotfaith_mech.merge import ENOUGH_SEEDS, Merged, contrast, endpoint, merged
 from cotfaith_mech.merged_figures import seeds_figure, verdict_figure
-from cotfaith_mech.metrics import CELLS
+from cotfaith_mech.metrics import CELLS, spearman
 from cotfaith_mech.outcomes import outcomes
 from cotfaith_mech.records import RunDirectory
 
@@ -85,8 +84,8 @@ class Results:
         parts, chains = [], {}
         for group in groups:
             for run in self.of(group, kind)[:seeds]:
-                records = run.read_records()
-                records = records[records["author"] == SUPPLIED]
+                everyone = run.read_records()
+                records: Table = everyone[everyone["author"] == SUPPLIED]
                 own = records["reader"] == TUNED
                 parts.append(records[own].assign(reader=group))
                 if len(parts) == 1:
@@ -226,9 +225,10 @@ def _chain_by_chain(results: Results, group: str) -> Iterator[str]:
         found = found[(found["author"] == SUPPLIED) & found["name"].isin(names)]
         wide = found.pivot_table(index="problem_id", columns=["name", "reader"], values="value")
         changes += np.stack([wide[name][TUNED] - wide[name][BASE] for name in names], 1).tolist()
-    x, y = np.array(changes).T
+    pairs: Any = np.array(changes)
+    x, y = pairs.T
     if len(x) > 2 and np.ptp(x) and np.ptp(y):
-        rho = float(scipy.stats.spearmanr(x, y)[0])
+        rho = spearman(x, y)
         same = float(np.mean(np.sign(np.round(x, 2)) == np.sign(np.round(y, 2))))
         yield (
             f"**Behaviour and mechanism, chain by chain**: over {len(x)} pairs of chain and seed the change of "

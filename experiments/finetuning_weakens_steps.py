@@ -43,7 +43,8 @@ def pair_config(config: dict[str, Any], recipe: Recipe, adapter: Path, kind: str
     if kind == "runs" and recipe.condition not in config["arms"]:
         part = part | {"authors": [SUPPLIED]}
     labels = {"condition": recipe.condition, "training_seed": recipe.seed}
-    return parse_config({"readers": [base, tuned], "labels": labels, "primary": [], **part})
+    primary = [text.partition("@")[0] for text in config["primary"]]
+    return parse_config({"readers": [base, tuned], "labels": labels, "primary": primary, **part})
 
 
 def assert_apart(config: dict[str, Any], recipe: Recipe) -> None:
@@ -78,12 +79,10 @@ def share_base(done: RunDirectory, new: RunDirectory, authors: tuple[str, ...]) 
 
 def studied(config: StudyConfig, folder: Path) -> RunDirectory:
     """The run of `config` in `folder`, whole, with estimates; `cotfaith report` makes its figures and page."""
-    if not (folder / "estimates.parquet").exists() and (finished := sorted(folder.parent.glob("*/estimates.parquet"))):
-        share_base(
-            RunDirectory(finished[0].parent),
-            RunDirectory.create(folder, config.model_dump(mode="json")),
-            config.all_authors,
-        )
+    finished = sorted(folder.parent.glob("*/estimates.parquet"))
+    if finished and not (folder / "estimates.parquet").exists():
+        new = RunDirectory.create(folder, config.model_dump(mode="json"))
+        share_base(RunDirectory(finished[0].parent), new, config.all_authors)
     run = measure_study(config, folder, silent)
     estimate(run)
     return run

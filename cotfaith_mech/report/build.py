@@ -50,15 +50,20 @@ TEST_WORDS = {
 
 def build_report(run: RunDirectory) -> Path:
     """Write RUN/report.html from the run's records, estimates and manifest; returns its path."""
-    page = _environment().get_template("report.html.j2").render(_context(run))
-    path = run.path / "report.html"
+    page = environment().get_template("report.html.j2").render(_context(run))
+    return write_page(page, run.path / "report.html")
+
+
+def write_page(page: str, path: Path) -> Path:
+    """Write `page` in one move; gives its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(".report.html.tmp")
     temporary.write_bytes(page.encode("utf-8", "replace"))
     os.replace(temporary, path)
     return path
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     loader = FileSystemLoader(HERE)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -111,9 +116,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "verdicts": _verdicts(manifest),
         "two_by_two": _two_by_two(manifest, estimates),
         "checks": manifest.get("checks") or [],
-        "certificate": in_words(known)
-        if known
-        else "This version of the package carries no certificate of validation.",
+        "certificate": in_words(known),
         "doubts": doubts(known),
         "failed": [check for check in manifest.get("checks") or [] if not check.get("passed")],
         "primary": _primary_rows(primary, estimates, readers),
