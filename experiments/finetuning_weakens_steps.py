@@ -47,6 +47,11 @@ def pair_config(config: dict[str, Any], recipe: Recipe, adapter: Path, kind: str
     return parse_config({"readers": [base, tuned], "labels": labels, "primary": primary, **part})
 
 
+def by_layers(config: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether layers are exchanged one by one, which takes half an hour a pair on two cores."""
+    return recipe.condition in config["layers"]["conditions"] and recipe.seed <= config["layers"]["seeds"]
+
+
 def assert_apart(config: dict[str, Any], recipe: Recipe) -> None:
     """No question that is trained on is studied; raises CotfaithError otherwise."""
     from finetune import question, training_problems
@@ -103,7 +108,7 @@ def run(
             continue
         assert_apart(config, recipe)
         for kind in KINDS:
-            if kind == "layers" and recipe.condition not in config["layers"]["conditions"]:
+            if kind == "layers" and not by_layers(config, recipe):
                 continue
             folder = out / kind / recipe.name
             if keep is not None and (keep / kind / recipe.name / "training_card.json").exists():

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from importlib import metadata
 from itertools import islice, product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cotfaith_mech import certificate as certificates
-from cotfaith_mech.certificate import Check, at_least, at_most, certificate, doubts, in_words, near, shown
+from cotfaith_mech.certificate import Check, at_least, at_most, certificate, doubts, in_words, near, shipped, shown
 from cotfaith_mech.cli import app
 from cotfaith_mech.conclude import Progress, silent
 from cotfaith_mech.model import load
@@ -197,3 +198,8 @@ def test_the_shipped_certificate_is_a_full_one_of_this_version() -> None:
         "mix_050: mediation/text/pnie_share",
         "route both: accuracy",
     }
+
+
+def test_the_certificate_is_the_full_run_that_is_kept():
+    kept = Path(__file__).parent.parent / "experiments" / "results" / "validate_full.json"
+    assert json.loads(kept.read_text()) == shipped()
