@@ -34,7 +34,7 @@ def seeds_figure(rows: Sequence[Merged], groups: Sequence[str]) -> Figure:
         axis.scatter(seeds, np.full(len(seeds), y), s=9, color=colour, alpha=0.45, linewidths=0)
         axis.plot([estimate.ci_low, estimate.ci_high], [y, y], color=colour)
         axis.plot(estimate.value, y, marker=marker_of(list(groups), row.group), color=colour, markersize=4.5)
-        text = f"{estimate.value:+.2f} [{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}]  {len(seeds)} seeds"
+        text = f"{estimate.value:+.2f} [{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}]  {len(seeds)} seed{'s'[: len(seeds) - 1]}"
         axis.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
     for group in groups:
         axis.plot([], [], color=colour_of(list(groups), group), marker=marker_of(list(groups), group), label=group)

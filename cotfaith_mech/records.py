@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import CotfaithError
@@ -86,6 +88,7 @@ _ESTIMATES = pa.schema(
     ]
 )
 _META_KEY = b"cotfaith"
+_KEPT_META = "units.json.gz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,24 +192,27 @@ class RunDirectory:
 
     def read_unit_meta(self) -> list[dict[str, Any]]:
         """The JSON object each unit was written with, in the order of `read_records`."""
-        found = [json.loads(_parquet_schema(path).metadata[_META_KEY]) for path in self._units()]
-        return [meta for one in found for meta in (one if isinstance(one, list) else [one])]
+        kept = self.path / "records" / _KEPT_META
+        if kept.is_file():
+            return json.loads(gzip.decompress(kept.read_bytes()))
+        return [json.loads(_parquet_schema(path).metadata[_META_KEY]) for path in self._units()]
 
-    def compacted(self, path: str | Path) -> RunDirectory:
-        """A copy in `path` with all records in one file, far smaller: to keep, draw and conclude from again, not to
-        resume. Figures and report are left out; they are made from it."""
+    def compacted(self, path: str | Path, without: Sequence[str] = ()) -> RunDirectory:
+        """A copy in `path`, all records in one file, a tenth of the size: to keep, draw and conclude from again, not
+        to resume. Measures `without` are left out, which the manifest says; so are figures and report, made from it."""
         path = Path(path)
-        tables = [_read_parquet(unit, SCHEMA).replace_schema_metadata(None) for unit in self._units()]
-        meta = json.dumps(self.read_unit_meta(), allow_nan=False).encode()
-        table = pa.concat_tables(tables).replace_schema_metadata({_META_KEY: meta})
-        _write_atomically(
-            path / "records" / "all.parquet",
-            lambda file: pq.write_table(table, file, compression="zstd", compression_level=19),
-        )
-        for name in ("manifest.json", "chains.jsonl", "exclusions.jsonl", "estimates.parquet"):
+        table = pa.concat_tables([_read_parquet(unit, SCHEMA).replace_schema_metadata(None) for unit in self._units()])
+        table = table.filter(pc.invert(pc.is_in(table["measure"], pa.array(list(without), pa.string()))))
+        options: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "use_byte_stream_split": ["value"]}
+        options["use_dictionary"] = [name for name in table.column_names if name != "value"]
+        _write_atomically(path / "records" / "all.parquet", lambda file: pq.write_table(table, file, **options))
+        metas = gzip.compress(json.dumps(self.read_unit_meta(), allow_nan=False).encode(), 9, mtime=0)
+        _write_atomically(path / "records" / _KEPT_META, lambda file: file.write(metas))
+        for name in ("chains.jsonl", "exclusions.jsonl", "estimates.parquet"):
             if (self.path / name).is_file():
                 content = (self.path / name).read_bytes()
                 _write_atomically(path / name, lambda file, content=content: file.write(content))
+        _write_json(path / "manifest.json", self.read_manifest() | {"records_left_out": list(without)})
         return RunDirectory(path)
 
     def write_chains(self, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -173,7 +173,7 @@ def answers(results: Results) -> Iterator[str]:
     """One paragraph a question, its verdict read off the intervals."""
     main, control = results.groups[0], results.config["control"]
     n = len(results.of(main))
-    whose = "training seeds" if n >= ENOUGH_SEEDS else "seeds only, so these checkpoints"
+    whose = "training seeds" if n >= ENOUGH_SEEDS else f"training seed{'s'[: n - 1]} only, so these checkpoints"
     said = [f"- {_sentence(results, main, name, arm)}" for name, arm in results.endpoints]
     yield f"**{main.replace('_', ' ')} against base** ({n} {whose}; problems both answer right; Holm over {len(said)}):"
     yield ""

@@ -32,6 +32,8 @@ from cotfaith_mech.study import measure_study
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 BASE, TUNED = "base", "tuned"
 KINDS = ("runs", "copy", "layers")
+LEFT_OUT = ("attribution",)
+"""Measures that are not kept: a number a head, layer and step, nine tenths of all; their estimates are."""
 
 
 def pair_config(config: dict[str, Any], recipe: Recipe, adapter: Path, kind: str) -> StudyConfig:
@@ -117,7 +119,7 @@ def run(
             print(f"{kind} {recipe.name}", flush=True)
             done = studied(pair_config(config, recipe, adapter, kind), folder)
             if keep is not None:
-                done.compacted(keep / kind / recipe.name)
+                done.compacted(keep / kind / recipe.name, without=LEFT_OUT)
                 shutil.copyfile(adapter / "training_card.json", keep / kind / recipe.name / "training_card.json")
 
 

@@ -117,4 +117,6 @@ def test_a_compacted_run_reads_the_same(tmp_path):
     assert copy.read_records().equals(run.read_records())
     assert copy.read_unit_meta() == run.read_unit_meta()
     assert copy.read_chains() == run.read_chains()
-    assert len(list((copy.path / "records").iterdir())) == 1
+    assert len(list((copy.path / "records").iterdir())) == 2
+    assert copy.read_manifest()["records_left_out"] == []
+    assert run.compacted(tmp_path / "less", without=("baseline",)).read_records().empty
