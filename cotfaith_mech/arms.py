@@ -23,7 +23,7 @@ from .stats import Estimate, difference_estimate, mean_estimate
 BOTH_CORRECT = " | both_correct"
 LENGTH_MATCHED = " | length_matched"
 LENGTH_MARGIN = 0.1
-"""Largest difference of two texts' tokens, as a part of the longer one, that counts as equal length."""
+"""Largest difference of two chains' characters, as a part of the longer one, that counts as equal length."""
 PARTS = {"reading": (-1, 1, -1, 1), "chains": (-1, -1, 1, 1), "interaction": (1, -1, -1, 1)}
 """What BB, TB, BT and TT count for in each part; the first two are halves."""
 
@@ -33,7 +33,9 @@ def part_arm(base: str, tuned: str, part: str) -> str:
     return f"{tuned}-{base} ({part})"
 
 
-def arm_estimates(outcome: Table, records: Table, base: str, tuned: str, rng: Generator) -> Iterator[Estimate]:
+def arm_estimates(
+    outcome: Table, records: Table, chains: Sequence[Mapping[str, Any]], base: str, tuned: str, rng: Generator
+) -> Iterator[Estimate]:
     """Change of reading, of chains and their interaction, of every named number; none without all four arms.
 
     `outcome` has the columns reader, author, problem_id, name, value; p by sign flips over problems.
@@ -41,7 +43,7 @@ def arm_estimates(outcome: Table, records: Table, base: str, tuned: str, rng: Ge
     pair = [base, tuned]
     four = outcome[outcome["reader"].isin(pair) & outcome["author"].isin(pair)]
     columns = [(base, base), (tuned, base), (base, tuned), (tuned, tuned)]
-    strata = _strata(records, base, tuned, columns)
+    strata = _strata(records, base, tuned, columns) | {LENGTH_MATCHED: _matched(chains, base, tuned)}
     for (name,), rows in grouped(four, "name"):
         wide = rows.groupby(["problem_id", "reader", "author"])["value"].mean().unstack(["reader", "author"])
         if not set(columns) <= set(wide.columns):
@@ -61,22 +63,23 @@ def _strata(records: Table, base: str, tuned: str, columns: Sequence[tuple[str, 
     rows = rows_of(records, "baseline", "correct")
     correct = rows.groupby(["problem_id", "reader", "author"])["value"].mean().unstack(["reader", "author"])
     right = (correct.reindex(columns=columns) == 1).all(axis=1)
-    own = rows[(rows["reader"] == base) & rows["author"].isin([base, tuned])]
-    lengths = own.groupby(["problem_id", "author"])["n_tokens"].mean().unstack("author").astype(float)
-    lengths = lengths.reindex(columns=[base, tuned])
-    close = (lengths.max(axis=1) - lengths.min(axis=1)) <= LENGTH_MARGIN * lengths.max(axis=1)
-    matched = lengths.index[close & lengths.notna().all(axis=1)]
-    return {"": set(records["problem_id"]), BOTH_CORRECT: set(correct.index[right]), LENGTH_MATCHED: set(matched)}
+    return {"": set(records["problem_id"]), BOTH_CORRECT: set(correct.index[right])}
+
+
+def _matched(chains: Sequence[Mapping[str, Any]], base: str, tuned: str) -> set[str]:
+    """Problems whose two chains are about equally long."""
+    lengths = {(row["problem_id"], row["author"]): len("".join(row["steps"])) for row in chains}
+    pairs = {problem: (lengths.get((problem, base)), lengths.get((problem, tuned))) for problem, _ in lengths}
+    return {p for p, (a, b) in pairs.items() if a and b and abs(a - b) <= LENGTH_MARGIN * max(a, b)}
 
 
 def writing_estimates(chains: Sequence[Mapping[str, Any]], readers: Sequence[str], rng: Generator) -> list[Estimate]:
-    """Share of problems to which each reader wrote a chain (`chains_written`), among those with a chain of anyone, and
-    the difference of each to the first; nothing where readers wrote none."""
+    """Share of problems to which each of `readers`, who were asked to, wrote a chain (`chains_written`), among those
+    with a chain of anyone, and the difference of each to the first."""
     pairs: Table = pd.DataFrame(
         [(row["problem_id"], row["author"]) for row in chains], columns=["problem_id", "author"]
     )
-    authors = [reader for reader in readers if reader in set(pairs["author"])]
-    if not authors or pairs["author"].nunique() < 2:
+    if not readers:
         return []
     wrote = pd.crosstab(pairs["problem_id"], pairs["author"]).clip(upper=1).reindex(columns=list(readers), fill_value=0)
     values = {reader: wrote[reader].to_numpy(float) for reader in readers}

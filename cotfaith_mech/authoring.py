@@ -2,7 +2,7 @@
 
 With one author every reader reads its chains. With several, a reader reads those that came with the problems, the first
 reader's and its own, and the first reader reads all: for a base and its fine-tune the arms BB, TT, TB and BT.
-What a problem brings that rests on its own chain (twin, true step) holds for that chain alone.
+What a problem brings that rests on its own chain (twin, true step, conflicts) holds for that chain alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def problem_for(problem: Problem, author: str) -> Problem:
     """The problem as it stands beside a chain of `author`: what rests on another chain is left out."""
     if author == problem.author:
         return problem
-    return replace(problem, steps=(), twin_steps=(), true_step=None, paraphrases=())
+    return replace(problem, steps=(), twin_steps=(), true_step=None, paraphrases=(), conflicts=())
 
 
 def is_read(config: StudyConfig, reader: str, author: str) -> bool:
@@ -44,7 +44,7 @@ def missing_of(author: str, problems: Sequence[Problem], run: RunDirectory) -> l
     done = {(row["problem_id"], row["author"]) for row in known}
     done |= {(row["problem_id"], row["reader"]) for row in run.read_exclusions() if row["stage"] == "chain"}
     own = [(problem, problem.author if author == SUPPLIED else author) for problem in problems]
-    return [problem for problem, name in own if not {(problem.problem_id, name), (problem.problem_id, None)} & done]
+    return [problem for problem, name in own if (problem.problem_id, name) not in done]
 
 
 def see_to_chains(
@@ -70,7 +70,7 @@ def see_to_chains(
                 rows[problem.problem_id, problem.author] = chain_row(problem, chain)
             else:
                 reason = "the problem comes without a chain; use --generate, or chains: generate"
-                run.add_exclusion(problem_id=problem.problem_id, stage="chain", reason=reason)
+                run.add_exclusion(problem_id=problem.problem_id, reader=problem.author, stage="chain", reason=reason)
     elif missing:
         options = config.generation.model_dump(exclude={"few_shot"})
         done = {problem.problem_id for problem in problems} - {problem.problem_id for problem in missing}

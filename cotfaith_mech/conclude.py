@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from .bridge import bridge
 from .compare import conclusions, estimates_of, verdicts
@@ -16,6 +18,7 @@ from .figures import draw_figures
 from .paraphrasers import Paraphrases, tally
 from .records import RunDirectory
 from .report import build_report
+from .stats import Estimate
 
 ALL = "(all)"
 """In place of a problem's id in an exclusion that holds for all of them."""
@@ -29,8 +32,12 @@ def silent(items: Sequence[Any], label: str) -> Iterable[Any]:
 
 
 def conclude(run: RunDirectory, progress: Progress = silent) -> Path:
-    """Estimates, figures and report of a run directory from its records; needs no model. Gives the report's path."""
+    """Estimates, figures and report of a run directory from its records; needs no model. Gives the report's path.
+
+    Of a run kept without some of its records (RunDirectory.compacted) the estimates stand as they are."""
     stages: tuple[Callable[[RunDirectory], Any], ...] = (estimate, draw_figures, build_report)
+    if run.read_manifest().get("records_left_out"):
+        stages = stages[1:]
     *_, path = (stage(run) for stage in progress(stages, "estimates, figures, report"))
     return path
 
@@ -43,8 +50,10 @@ def estimate(run: RunDirectory) -> None:
     if records.empty:
         raise CotfaithError(f"{run.path} holds no records: {why_empty(run)}.")
     names = [reader.name for reader in config.readers]
-    estimates = estimates_of(records, chains, names, config.primary, np.random.default_rng(config.seed))
-    bridges, disagreements = bridge(records, chains, names, np.random.default_rng(config.seed + 1))
+    rng = np.random.default_rng(config.seed)
+    several = max(len(config.all_authors), len(set(records["author"]))) > 1
+    estimates = estimates_of(records, chains, names, config.primary, rng, config.all_authors)
+    bridges, disagreements = _bridges(records, chains, names, several, config.seed + 1)
     run.write_estimates([*estimates, *bridges])
     checks = [check for check in manifest.get("checks", []) if not check["check"].startswith("records/")]
     manifest["checks"] = checks + _record_checks(records, config.dtype)
@@ -60,6 +69,16 @@ def estimate(run: RunDirectory) -> None:
     manifest["conclusion"] = conclusions(estimates, names)
     manifest["verdicts"] = verdicts(estimates, names)
     run.write_manifest(manifest)
+
+
+def _bridges(records: Any, chains: Any, names: Sequence[str], several: bool, seed: int) -> tuple[list[Estimate], Any]:
+    """The bridge of each author's chains by itself."""
+    estimates, disagreements = [], []
+    for author, own in records.groupby("author"):
+        found, apart = bridge(own, chains, names, np.random.default_rng(seed))
+        estimates += [replace(e, arm=f"{e.arm}/{author}") if several else e for e in found]
+        disagreements.append(apart)
+    return estimates, pd.concat(disagreements, ignore_index=True)
 
 
 def why_empty(run: RunDirectory) -> str:

@@ -58,6 +58,7 @@ def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) ->
     manifest = run.read_manifest()
     config, apart = manifest.get("config") or {}, views.disagreements(manifest)
     records, chains = views.one_author(records, chains, config)
+    apart = apart[apart["chain_id"].isin([chain["chain_id"] for chain in chains])]
     readers = views.readers_of(config, records)
     if len(curves := views.curves(records, chains)):
         yield "curves", curve_figure(curves, readers)

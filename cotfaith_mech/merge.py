@@ -17,7 +17,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
-from .compare import primary_name
+from .compare import AT_CHANCE, primary_name
 from .errors import CotfaithError
 from .records import RunDirectory
 from .stats import LEVEL, Estimate, adjusted
@@ -63,7 +63,7 @@ def labels_of(run: RunDirectory) -> dict[str, Any]:
 
 def _check(runs: Sequence[RunDirectory]) -> None:
     seen: dict[str, str] = {}
-    first: dict[str, Any] = {}
+    first: dict[str, dict[str, Any]] = {}
     for run in runs:
         if not (run.path / "estimates.parquet").is_file():
             raise CotfaithError(f"{run.path} has no estimates yet; run `cotfaith report {run.path}` first.")
@@ -75,9 +75,25 @@ def _check(runs: Sequence[RunDirectory]) -> None:
                 "study file."
             )
         seen[key] = str(run.path)
-        data = run.read_manifest().get("pinned", {}).get("data")
-        if first.setdefault(group_of(labels), data) != data:
-            raise CotfaithError(f"{run.path} rests on other problems than the runs of its group; run it on the same.")
+        manifest = run.read_manifest()
+        what = _same_for_all(manifest)
+        name = group_of(labels)
+        others = first.setdefault(name, what)
+        for key in sorted({*others, *what}):
+            if others.get(key) != what.get(key):
+                raise CotfaithError(
+                    f"{run.path} differs from the other runs of {name!r} in its {key}: {what.get(key)!r}, not "
+                    f"{others.get(key)!r}; give it a label of its own, or run it alike."
+                )
+
+
+def _same_for_all(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs of one group must share: problems, base, and how it was measured."""
+    config = dict(manifest.get("config") or {})
+    readers = config.pop("readers", None) or [{}]
+    config.pop("labels", None)
+    pinned = manifest.get("pinned") or {}
+    return {"problems": pinned.get("data"), "base": pinned.get(f"reader {readers[0].get('name')}"), **config}
 
 
 def _of_group(name: str, seeds: Mapping[str, Mapping[tuple[str, str], Estimate]]) -> Iterator[Merged]:
@@ -96,6 +112,8 @@ def _over_seeds(own: Sequence[Estimate]) -> Estimate:
         return replace(own[0], note=note)
     low, high, p = student(values)
     few = "" if n >= ENOUGH_SEEDS else f"{n} training seeds: these checkpoints"
+    floor = sum(AT_CHANCE in estimate.note for estimate in own)
+    few = ", ".join(filter(None, (few, f"{floor} of {n} seeds: {AT_CHANCE}" if floor else "")))
     fewest = min(estimate.n_problems for estimate in own)
     return Estimate(own[0].name, own[0].arm, fewest, float(values.mean()), low, high, p, f"t over {n} seeds", few)
 
@@ -128,10 +146,10 @@ def contrast(rows: Sequence[Merged], group: str, control: str, name: str, arm: s
 
 def endpoint(run: RunDirectory, text: str) -> tuple[str, str]:
     """Name and arm of a primary endpoint written 'filler/change@/supplied' (after @ the end of the arm's name), of the
-    second reader against the first."""
-    base, tuned, *_ = (reader["name"] for reader in run.read_manifest()["config"]["readers"])
+    second reader against the first, or of a single reader."""
+    base, *tuned = (reader["name"] for reader in run.read_manifest()["config"]["readers"])
     name, _, end = text.partition("@")
-    return primary_name(name), f"{tuned}-{base}{end}"
+    return primary_name(name), f"{tuned[0]}-{base}{end}" if tuned else f"{base}{end}"
 
 
 def _with_holm(rows: Sequence[Merged], primary: Sequence[tuple[str, str]]) -> list[Merged]:

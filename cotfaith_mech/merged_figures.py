@@ -21,30 +21,38 @@ CELL_COLOURS = {
 }
 
 
-def seeds_figure(rows: Sequence[Merged], groups: Sequence[str]) -> Figure:
-    """Differences to the base, grouped by endpoint: mean over training seeds with its interval, each seed a dot."""
-    names = list(dict.fromkeys(row.estimate.name for row in rows))
+DIFFERENCE = "tuned minus base, 95% interval: t over training seeds; of one seed, over problems"
+LEVEL = "level of each run, 95% interval"
+
+
+def seeds_figure(rows: Sequence[Merged], groups: Sequence[str], label: str = DIFFERENCE) -> Figure:
+    """Differences to the base (or levels, of runs without one), grouped by endpoint: mean over training seeds with its
+    interval, each seed a dot."""
+    names = list(dict.fromkeys((row.estimate.name, row.estimate.arm) for row in rows))
+    arms = {arm for _, arm in names}
     height = len(groups) + 0.7
     figure = Figure(figsize=(PAPER_WIDTH, 0.9 + 0.17 * len(names) * height))
     axis = figure.subplots()
     for row in rows:
         estimate, colour = row.estimate, colour_of(list(groups), row.group)
-        y = names.index(estimate.name) * height + groups.index(row.group)
+        y = names.index((estimate.name, estimate.arm)) * height + groups.index(row.group)
         seeds = np.array(list(row.seeds.values()))
         axis.scatter(seeds, np.full(len(seeds), y), s=9, color=colour, alpha=0.45, linewidths=0)
         axis.plot([estimate.ci_low, estimate.ci_high], [y, y], color=colour)
         axis.plot(estimate.value, y, marker=marker_of(list(groups), row.group), color=colour, markersize=4.5)
-        text = f"{estimate.value:+.2f} [{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}]  {len(seeds)} seed{'s'[: len(seeds) - 1]}"
+        interval = f"{estimate.value:+.2f} [{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}]"
+        text = f"{interval}  {len(seeds)} seed{'s'[: len(seeds) - 1]}"
         axis.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
     for group in groups:
         axis.plot([], [], color=colour_of(list(groups), group), marker=marker_of(list(groups), group), label=group)
     axis.axvline(0, color="#555555", linewidth=0.8, zorder=0)
     centres = [i * height + (len(groups) - 1) / 2 for i in range(len(names))]
-    axis.set_yticks(centres, [textwrap.fill(drawable(name.split(" | ")[0]).replace("/", " / "), 26) for name in names])
+    labels = [name.split(" | ")[0] + (f" ({arm})" if len(arms) > 1 else "") for name, arm in names]
+    axis.set_yticks(centres, [textwrap.fill(drawable(label).replace("/", " / "), 26) for label in labels])
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
-    axis.set_xlabel("tuned minus base, 95% interval over training seeds (t)")
+    axis.set_xlabel(label)
     axis.grid(axis="x", color="#E6E6E6", linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     return figure

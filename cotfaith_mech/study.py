@@ -318,7 +318,7 @@ def _run_reader(
         try:
             trunk = _opened(config, model, unit.chain, unit.problem)
             if not run.has_unit(unit.name):
-                donors = [units[(number + k) % len(units)].chain for k in range(1, min(PATCH_DONORS + 1, len(units)))]
+                donors = _donors(units, number)
                 measured, failed = _measure(config, reader, trunk, unit, donors)
                 for reason in failed:
                     _exclude(run, unit.chain, reader.name, "measure", reason)
@@ -335,6 +335,14 @@ def _run_reader(
             samples.append(sample_cells(trunk, unit.problem, config.crosscheck_cells, rng))
     rows = check_engines(samples[0].trunk.model, samples, progress) if samples else []
     return [row | {"check": f"{row['check']}/{reader.name}"} for row in rows]
+
+
+def _donors(units: Sequence[_Unit], number: int) -> list[Chain]:
+    """Chains of the unit's author to other problems, those that follow it first."""
+    own = units[number].chain
+    others = [unit.chain for unit in [*units[number + 1 :], *units[:number]]]
+    found = [one for one in others if one.author == own.author and one.problem_id != own.problem_id]
+    return found[:PATCH_DONORS]
 
 
 def _check_names(reader: str) -> list[str]:

@@ -4,7 +4,7 @@ One condition is one way to train (answers alone, chains, another domain, …) a
 problems of the package's generators or readers, in the reader's own chat template; the loss is on the completion alone
 (TRL's SFTTrainer, PEFT's LoRA). An adapter that the fine-tune starts from is merged first, and stacked into the saved
 one, so that each folder is a plain PEFT adapter of the base model with a training_card.json beside it.
-A finished adapter is not trained again; a killed training goes on from its last checkpoint.
+A finished adapter is not trained again; a killed training goes on from its last checkpoint, if its recipe is the same.
 `random_like: CONDITION` trains nothing: a random delta with, module by module, the norm of that condition's.
 """
 
@@ -296,6 +296,10 @@ def make(recipe: Recipe, out: Path) -> Path:
             )
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / "recipe.json"
+    if not begun.is_file() or json.loads(begun.read_text()) != recipe.model_dump():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        begun.write_text(json.dumps(recipe.model_dump()) + "\n")
     start = locate(recipe.start) if recipe.start else None
     if recipe.random_like is None:
         told = train(recipe, folder, start)

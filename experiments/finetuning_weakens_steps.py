@@ -14,16 +14,17 @@ README's section, from what was kept.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
-from finetune import Recipe, make, recipes
+from finetune import CARD, Recipe, make, question, recipes, training_problems
 
 from cotfaith_mech.conclude import estimate, silent
-from cotfaith_mech.config import SUPPLIED, StudyConfig, parse_config
+from cotfaith_mech.config import StudyConfig, parse_config
 from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.records import RunDirectory
@@ -43,7 +44,7 @@ def pair_config(config: dict[str, Any], recipe: Recipe, adapter: Path, kind: str
     base = {"name": BASE, "model": recipe.model, "adapter": recipe.start} | inside
     tuned = {"name": TUNED, "model": recipe.model, "adapter": str(adapter)} | inside
     if kind == "runs" and recipe.condition not in config["arms"]:
-        part = part | {"authors": [SUPPLIED]}
+        part = part | {"authors": part["authors"][:1]}
     labels = {"condition": recipe.condition, "training_seed": recipe.seed}
     primary = [text.partition("@")[0] for text in config["primary"]]
     return parse_config({"readers": [base, tuned], "labels": labels, "primary": primary, **part})
@@ -56,12 +57,14 @@ def by_layers(config: dict[str, Any], recipe: Recipe) -> bool:
 
 def assert_apart(config: dict[str, Any], recipe: Recipe) -> None:
     """No question that is trained on is studied; raises CotfaithError otherwise."""
-    from finetune import question, training_problems
-
     if recipe.random_like:
         return
-    asked = {problem.question for problem in read_problems(config["study"]["problems"], None, 0)[0]}
-    asked |= {text.split(" (Record")[0] for text in asked}
+    studies = (config["study"], config["copy"], config["layers"]["study"])
+    asked = {
+        problem.question.split(" (Record")[0]
+        for study in studies
+        for problem in read_problems(study["problems"], study.get("limit"), study.get("seed", 0))[0]
+    }
     shared = asked & {question(recipe, problem).split(" (Record")[0] for problem in training_problems(recipe)}
     if shared:
         raise CotfaithError(f"{recipe.name} would be trained on a question of the study: {min(shared)!r}.")
@@ -70,13 +73,15 @@ def assert_apart(config: dict[str, Any], recipe: Recipe) -> None:
 def share_base(done: RunDirectory, new: RunDirectory, authors: tuple[str, ...]) -> None:
     """Give `new` what the base did in `done`: its chains, and its units on chains that are not the other reader's."""
     rows = [row for row in done.read_chains() if row["author"] in authors and row["author"] != TUNED]
+    known = {row["chain_id"] for row in rows}
     if not (new.path / "chains.jsonl").exists():
         new.write_chains(rows)
         for row in done.read_exclusions():
-            if row["reader"] == BASE:
+            if row["reader"] == BASE and (row["chain_id"] in known or row["stage"] == "chain"):
                 new.add_exclusion(**row)
-    known = {row["chain_id"] for row in rows}
     (new.path / "records").mkdir(exist_ok=True)
+    pinned = done.read_manifest()["pinned"]
+    new.pin(f"reader {BASE}", pinned[f"reader {BASE}"])
     for meta in done.read_unit_meta():
         source = done.path / "records" / f"{meta['unit']}.parquet"
         if meta["reader"] == BASE and meta["chain_id"] in known and not (new.path / "records" / source.name).exists():
@@ -86,13 +91,39 @@ def share_base(done: RunDirectory, new: RunDirectory, authors: tuple[str, ...]) 
 
 def studied(config: StudyConfig, folder: Path) -> RunDirectory:
     """The run of `config` in `folder`, whole, with estimates; `cotfaith report` makes its figures and page."""
-    finished = sorted(folder.parent.glob("*/estimates.parquet"))
-    if finished and not (folder / "estimates.parquet").exists():
-        new = RunDirectory.create(folder, config.model_dump(mode="json"))
-        share_base(RunDirectory(finished[0].parent), new, config.all_authors)
+    plain = config.model_dump(mode="json")
+    finished = [RunDirectory(path.parent) for path in sorted(folder.parent.glob("*/estimates.parquet"))]
+    alike = [run for run in finished if _of_base(run.read_manifest()["config"]) == _of_base(plain)]
+    if alike and not (folder / "estimates.parquet").exists():
+        share_base(alike[0], RunDirectory.create(folder, plain), config.all_authors)
     run = measure_study(config, folder, silent)
     estimate(run)
     return run
+
+
+def _of_base(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a study's config the base's units rest on."""
+    apart = ("readers", "authors", "labels", "primary")
+    return {name: value for name, value in config.items() if name not in apart} | {"base": config["readers"][0]}
+
+
+def is_kept(recipe: Recipe, config: StudyConfig, folder: Path) -> bool:
+    """Whether `folder` keeps this pair; CotfaithError where what it keeps was trained or studied otherwise."""
+    if not (folder / CARD).exists():
+        return False
+    kept, wanted = RunDirectory(folder).read_manifest()["config"], config.model_dump(mode="json")
+    apart = {"adapter": None}
+    for one in (kept, wanted):
+        one["readers"] = [reader | apart for reader in one["readers"]]
+    trained, asked = json.loads((folder / CARD).read_text())["recipe"], recipe.model_dump()
+    for what, old, new in (("trained", trained, asked), ("studied", kept, wanted)):
+        differing = [key for key, value in new.items() if old.get(key) != value]
+        if differing:
+            raise CotfaithError(
+                f"{folder} was {what} with {differing[0]}: {old.get(differing[0])!r}, not {new[differing[0]]!r}; "
+                "delete it, or give another --keep."
+            )
+    return True
 
 
 @app.command()
@@ -113,14 +144,15 @@ def run(
             if kind == "layers" and not by_layers(config, recipe):
                 continue
             folder = out / kind / recipe.name
-            if keep is not None and (keep / kind / recipe.name / "training_card.json").exists():
+            study = pair_config(config, recipe, out / "adapters" / recipe.name, kind)
+            if keep is not None and is_kept(recipe, study, keep / kind / recipe.name):
                 continue
             adapter = make(recipe, out / "adapters")
             print(f"{kind} {recipe.name}", flush=True)
-            done = studied(pair_config(config, recipe, adapter, kind), folder)
+            done = studied(study, folder)
             if keep is not None:
                 done.compacted(keep / kind / recipe.name, without=LEFT_OUT)
-                shutil.copyfile(adapter / "training_card.json", keep / kind / recipe.name / "training_card.json")
+                shutil.copyfile(adapter / CARD, keep / kind / recipe.name / CARD)
 
 
 @app.command()

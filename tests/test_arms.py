@@ -13,7 +13,7 @@ ARMS = {("B", "B"): 0.1, ("T", "B"): 0.4, ("B", "T"): 0.2, ("T", "T"): 0.9}
 """(reader, author) -> value."""
 
 
-def baseline(problem, reader, author, correct=1.0, n_tokens=40):
+def baseline(problem, reader, author, correct=1.0):
     row = dict.fromkeys(COLUMNS)
     row |= {"problem_id": problem, "chain_id": f"{problem}-{author}", "author": author, "reader": reader}
     return row | {
@@ -21,7 +21,7 @@ def baseline(problem, reader, author, correct=1.0, n_tokens=40):
         "variant": "",
         "metric": "correct",
         "value": correct,
-        "n_tokens": n_tokens,
+        "n_tokens": 40,
         "step": pd.NA,
     }
 
@@ -35,8 +35,8 @@ def outcome(values, problems=("p0", "p1", "p2")):
     return pd.DataFrame(rows)
 
 
-def found(values, records, problems=("p0", "p1", "p2")):
-    got = arm_estimates(outcome(values, problems), records, "B", "T", np.random.default_rng(0))
+def found(values, records, problems=("p0", "p1", "p2"), chains=()):
+    got = arm_estimates(outcome(values, problems), records, chains, "B", "T", np.random.default_rng(0))
     return {(estimate.name, estimate.arm): estimate for estimate in got}
 
 
@@ -63,22 +63,25 @@ def test_a_reader_that_ignores_whose_chain_it_is_changes_reading_alone():
 def test_a_problem_without_all_four_arms_is_left_out():
     table = outcome(ARMS)
     table = table[~((table["problem_id"] == "p1") & (table["author"] == "T"))]
-    got = list(arm_estimates(table, records_of(["p0", "p2"]), "B", "T", np.random.default_rng(0)))
+    got = list(arm_estimates(table, records_of(["p0", "p2"]), [], "B", "T", np.random.default_rng(0)))
     assert {estimate.n_problems for estimate in got if "|" not in estimate.name} == {2}
     only_base = table[table["author"] == "B"]
-    assert not list(arm_estimates(only_base, records_of(["p0"]), "B", "T", np.random.default_rng(0)))
+    assert not list(arm_estimates(only_base, records_of(["p0"]), [], "B", "T", np.random.default_rng(0)))
 
 
 def test_strata_ask_all_four_arms_and_equal_lengths():
     rows = [baseline(p, r, a) for p in ("p0", "p1", "p2") for r, a in ARMS]
     rows[2]["value"] = 0.0  # p0: B is wrong on T's chain
-    for row in rows:
-        if row["author"] == "T":
-            row["n_tokens"] = {"p0": 44, "p1": 45, "p2": 40}[row["problem_id"]]
-    got = found(ARMS, pd.DataFrame(rows))
+    lengths = {"p0": (40, 44), "p1": (40, 45), "p2": (40, 40)}
+    chains = [
+        {"problem_id": p, "author": author, "steps": ["x" * 30, "y" * (n - 30)]}
+        for p, pair in lengths.items()
+        for author, n in zip("BT", pair, strict=True)
+    ]
+    got = found(ARMS, pd.DataFrame(rows), chains=chains)
     arm = part_arm("B", "T", "reading")
     assert got["dependence | both_correct", arm].n_problems == 2
-    # 44 against 40 is 9% longer, 45 is 11%
+    # 44 characters against 40 are 9% more, 45 are 11%
     assert got["dependence | length_matched", arm].n_problems == 2
 
 
@@ -88,4 +91,4 @@ def test_how_often_each_writes():
     got = {e.arm: e for e in writing_estimates(rows, ["B", "T"], np.random.default_rng(0))}
     assert (got["B"].value, got["T"].value, got["T-B"].value) == (1.0, 0.25, -0.75)
     assert got["T-B"].p == pytest.approx(0.25)
-    assert writing_estimates(rows[:1], ["B", "T"], np.random.default_rng(0)) == []
+    assert writing_estimates(rows, [], np.random.default_rng(0)) == []

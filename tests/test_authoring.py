@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from cotfaith_mech.authoring import is_read, problem_for
 from cotfaith_mech.conclude import estimate
 from cotfaith_mech.config import parse_config
+from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.model import load
 from cotfaith_mech.organisms.rules import organism_problems
-from cotfaith_mech.study import measure_study
+from cotfaith_mech.study import _donors, _units, measure_study
 
 ARMS = {
     "readers": [{"name": "base", "model": "organism:writer"}, {"name": "tuned", "model": "organism:mix_100"}],
@@ -48,7 +52,43 @@ def test_a_chain_of_another_author_inherits_no_twin_and_no_true_step():
     assert problem_for(problem, "supplied") == problem
     bare = problem_for(problem, "base")
     assert (bare.steps, bare.twin_steps, bare.true_step, bare.paraphrases) == ((), (), None, ())
-    assert (bare.question, bare.gold, bare.conflicts) == (problem.question, problem.gold, problem.conflicts)
+    assert bare.conflicts == ()
+    assert (bare.question, bare.gold, bare.twin_answer) == (problem.question, problem.gold, problem.twin_answer)
+
+
+def test_donors_are_chains_of_the_same_author_to_other_problems(run):
+    config = parse_config(ARMS)
+    problems, _ = read_problems(ARMS["problems"])
+    model = load("organism:writer")
+    units = _units(config, config.readers[0], model, problems, run)
+    for number, unit in enumerate(units):
+        donors = _donors(units, number)
+        assert {donor.author for donor in donors} <= {unit.chain.author}
+        assert unit.chain.problem_id not in {donor.problem_id for donor in donors}
+    supplied = [number for number, unit in enumerate(units) if unit.chain.author == "supplied"]
+    assert [len(_donors(units, number)) for number in supplied] == [2, 2, 2]
+
+
+def test_a_problem_without_its_own_chain_keeps_the_others(tmp_path):
+    rows = [{"question": "The note says 47. How many coins to give Ann?", "answer": "47", "cue": " So give Ann"}]
+    (tmp_path / "bare.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    config = parse_config(
+        ARMS | {"problems": str(tmp_path / "bare.jsonl"), "authors": ["supplied", "base"], "tests": []}
+    )
+    done = measure_study(config, tmp_path / "run")
+    assert {row["author"] for row in done.read_chains()} == {"base"}
+    assert [row["reader"] for row in done.read_exclusions() if row["stage"] == "chain"] == ["supplied"]
+
+
+def test_who_wrote_nothing_is_counted_and_arms_keep_their_names(run):
+    records, chains = run.read_records(), run.read_chains()
+    left = [row for row in chains if row["author"] != "tuned"]
+    own = records[records["author"] != "tuned"]
+    base = own[own["author"] == "base"]
+    got = estimates_of(base, left, ["base", "tuned"], [], np.random.default_rng(0), ["base", "tuned"])
+    assert "tuned-base/base" in {e.arm for e in got}
+    written = {e.arm: e.value for e in got if e.name == "chains_written"}
+    assert written == {"base": 1.0, "tuned": 0.0, "tuned-base": -1.0}
 
 
 def test_arms_on_disk(run):

@@ -10,6 +10,7 @@ from cotfaith_mech.compare import holm_p
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.merge import contrast, endpoint, merged, student
 from cotfaith_mech.records import Record, RunDirectory
+from cotfaith_mech.report import build_merged
 from cotfaith_mech.stats import Estimate
 
 NAME, ARM = "filler/change | both_correct", "tuned-base/supplied"
@@ -87,8 +88,15 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     one = kept(tmp_path, "answers", 1, -0.5)
     with pytest.raises(CotfaithError, match="the same labels"):
         merged([one, one])
-    with pytest.raises(CotfaithError, match="other problems"):
+    with pytest.raises(CotfaithError, match="in its problems"):
         merged([one, kept(tmp_path, "answers", 2, -0.5, data="else")])
+    other = RunDirectory.create(
+        tmp_path / "draws", {"readers": READERS, "labels": {"condition": "answers"}, "draws": 9}
+    )
+    other.pin("data", {"sha256": "d"})
+    other.write_estimates(one.read_estimates())
+    with pytest.raises(CotfaithError, match="in its draws"):
+        merged([one, other])
     bare = RunDirectory.create(tmp_path / "bare", {"readers": READERS})
     with pytest.raises(CotfaithError, match="no estimates yet"):
         merged([bare])
@@ -102,6 +110,36 @@ def test_student_against_scipy_and_where_nothing_varies():
     assert p == pytest.approx(oracle.pvalue)
     assert student(np.zeros(3)) == (0, 0, 1)
     assert student(np.full(3, 0.5)) == (0.5, 0.5, 0)
+
+
+def test_the_page_shows_differences_levels_and_what_was_not_run(tmp_path):
+    runs = [kept(tmp_path, "answers <b>", seed, -0.5 + seed / 10) for seed in (1, 2)]
+    for run in runs:
+        manifest = run.read_manifest()
+        run.write_manifest(manifest | {"config": manifest["config"] | {"primary": ["filler/change"]}})
+        run.write_chains([{"author": "supplied", "problem_id": "p"}])
+        level = Estimate(NAME, "base/supplied", 9, 0.8, 0.7, 0.9, np.nan, "x")
+        run.write_estimates([*run.read_estimates(), level])
+    page = build_merged(runs, [tmp_path / "gone"], tmp_path / "out").read_text()
+    assert "answers &lt;b&gt;" in page
+    assert "not run" in page
+    primary = page[page.index('id="primary"') : page.index('id="runs"')]
+    assert primary.count("<b>tuned-base/supplied</b>") == 1
+    assert "base/supplied</b>" not in primary.replace("tuned-base/supplied</b>", "")
+    assert (tmp_path / "out" / "forest.pdf").exists()
+
+
+def test_a_ladder_of_single_readers_shows_levels(tmp_path):
+    runs = []
+    for size in ("small", "large"):
+        config = {"readers": READERS[:1], "labels": {"size": size}, "primary": ["accuracy"]}
+        run = RunDirectory.create(tmp_path / size, config)
+        run.write_chains([{"author": "base", "problem_id": "p"}])
+        run.write_estimates([Estimate("accuracy | both_correct", "base", 9, 0.8, 0.7, 0.9, np.nan, "x")])
+        runs.append(run)
+    page = build_merged(runs, [], tmp_path / "out").read_text()
+    assert "what stands here are levels" in page
+    assert page.count("accuracy | both_correct") >= 2
 
 
 def test_a_compacted_run_reads_the_same(tmp_path):

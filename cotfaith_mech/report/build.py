@@ -96,9 +96,12 @@ def _context(run: RunDirectory) -> dict[str, Any]:
     config = manifest.get("config") or {}
     authors = list(dict.fromkeys(str(chain["author"]) for chain in chains))
     records, chains = views.one_author(records, chains, config)
+    several = len(authors) > 1 or len(config.get("authors") or []) > 1
+    end = f"/{chains[0]['author']}" if several and chains else ""
     readers = views.readers_of(config, records)
     estimates = run.read_estimates() if (run.path / "estimates.parquet").is_file() else []
     apart = views.disagreements(manifest)
+    apart = apart[apart["chain_id"].isin([chain["chain_id"] for chain in chains])]
     sections = _sections(records, chains, readers, apart)
     primary = views.primary_differences(estimates, config, readers)
     shown = [estimate for estimate in primary if np.isfinite(estimate.value)]
@@ -110,7 +113,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         **{name: Markup(_clean(text)) for name, text in scripts.items()},
         "style": Markup((HERE / "report.css").read_text("utf-8")),
         "title": " · ".join(readers),
-        "readers": _reader_rows(readers, config, manifest, estimates),
+        "readers": _reader_rows(readers, config, manifest, estimates, end),
         "n_problems": records["problem_id"].nunique(),
         "other_authors": [author for author in authors if author != chains[0]["author"]] if chains else [],
         "verdicts": _verdicts(manifest),
@@ -119,7 +122,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "certificate": in_words(known),
         "doubts": doubts(known),
         "failed": [check for check in manifest.get("checks") or [] if not check.get("passed")],
-        "primary": _primary_rows(primary, estimates, readers),
+        "primary": _primary_rows(primary, estimates, [reader + end for reader in readers]),
         "estimates": _estimate_groups(estimates),
         "sections": sections,
         "mediated": [estimate for estimate in estimates if estimate.name.startswith("mediation/")],
@@ -172,7 +175,7 @@ def _two_by_two(manifest: dict[str, Any], estimates: list[Estimate]) -> list[dic
 
 
 def _reader_rows(
-    readers: list[str], config: dict[str, Any], manifest: dict[str, Any], estimates: list[Estimate]
+    readers: list[str], config: dict[str, Any], manifest: dict[str, Any], estimates: list[Estimate], end: str
 ) -> list[dict[str, str]]:
     accuracy = {
         e.arm: f"{number(e.value, 2)} right of {e.n_problems} problems" for e in estimates if e.name == "accuracy"
@@ -184,7 +187,7 @@ def _reader_rows(
         info, own = models.get(reader) or {}, named.get(reader) or {}
         parts = [str(part) for part in (own.get("model") or info.get("name"), own.get("adapter")) if part]
         row = {"name": reader, "model": " + ".join(parts), "colour": charts.colour(readers, reader)}
-        rows.append(row | {"accuracy": accuracy.get(reader, "")})
+        rows.append(row | {"accuracy": accuracy.get(reader + end, "")})
     return rows
 
 

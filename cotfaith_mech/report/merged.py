@@ -12,10 +12,10 @@ import matplotlib
 from markupsafe import Markup
 
 from ..certificate import in_words, shipped
-from ..compare import holm_p, primary_name
+from ..compare import holm_p
 from ..figure_style import STYLE
-from ..merge import ENOUGH_SEEDS, Merged, group_of, labels_of, merged
-from ..merged_figures import seeds_figure
+from ..merge import ENOUGH_SEEDS, Merged, endpoint, group_of, labels_of, merged
+from ..merged_figures import DIFFERENCE, LEVEL, seeds_figure
 from ..records import RunDirectory
 from .build import HERE, environment, write_page
 
@@ -25,30 +25,30 @@ def build_merged(runs: Sequence[RunDirectory], not_run: Sequence[Path], out: Pat
 
     Primary endpoints are those of the first run's config. Raises CotfaithError where the runs cannot be merged.
     """
-    config = runs[0].read_manifest()["config"]
-    base = config["readers"][0]["name"]
-    names = [primary_name(name) for name in config.get("primary") or []]
-    found = {e.arm.partition(f"-{base}")[2] for run in runs for e in run.read_estimates() if f"-{base}" in e.arm}
-    ends = sorted(end for end in found if not end.startswith(" ("))
-    rows = merged(runs, [f"{name}@{end}" for name in names for end in ends])
-    primary = sorted(
-        (row for row in rows if row.estimate.name in names), key=lambda row: names.index(row.estimate.name)
-    )
-    known = shipped()
+    paired = [run for run in runs if len(run.read_manifest()["config"]["readers"]) > 1]
+    run = (paired or runs)[0]
+    primary_names = run.read_manifest()["config"].get("primary") or []
+    authors = sorted({row["author"] for one in runs for row in one.read_chains()})
+    there = {(e.name, e.arm) for one in runs for e in one.read_estimates()}
+    asked = [f"{name}@{end}" for name in primary_names for end in ("", *(f"/{author}" for author in authors))]
+    wanted = [text for text in asked if endpoint(run, text) in there]
+    rows = merged(runs, wanted)
+    order = {endpoint(run, text): place for place, text in enumerate(wanted)}
+    chosen = [row for row in rows if (row.estimate.name, row.estimate.arm) in order]
+    primary = sorted(chosen, key=lambda row: order[row.estimate.name, row.estimate.arm])
     page = (
         environment()
         .get_template("merged.html.j2")
         .render(
             style=Markup((HERE / "report.css").read_text("utf-8")),
             groups=list(dict.fromkeys(row.group for row in rows)),
-            certificate=in_words(known)
-            if known
-            else "This version of the package carries no certificate of validation.",
+            certificate=in_words(shipped()),
             runs=[_run_row(run) for run in runs],
             not_run=[str(path) for path in not_run],
             primary=primary,
             rows=rows,
-            forest=_forest(primary, out) if primary else "",
+            forest=_forest(primary, out, DIFFERENCE if paired else LEVEL) if primary else "",
+            paired=bool(paired),
             holm=holm_p,
             enough=ENOUGH_SEEDS,
         )
@@ -65,12 +65,12 @@ def _run_row(run: RunDirectory) -> dict[str, Any]:
     return {"path": str(run.path), "group": group_of(labels_of(run)), "problems": problems, "readers": readers}
 
 
-def _forest(primary: Sequence[Merged], out: Path) -> str:
+def _forest(primary: Sequence[Merged], out: Path, label: str) -> str:
     """The forest of the primary outcomes, as files and as base64 of the PNG."""
     out.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure = seeds_figure(primary, list(dict.fromkeys(row.group for row in primary)))
+        figure = seeds_figure(primary, list(dict.fromkeys(row.group for row in primary)), label)
         figure.savefig(buffer, format="png", metadata={"Software": None})
         figure.set_layout_engine("none")
         figure.savefig(out / "forest.pdf", metadata={"CreationDate": None})
