@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from cotfaith_mech.authoring import is_read, problem_for
+from cotfaith_mech.compare import estimates_of
 from cotfaith_mech.conclude import estimate
 from cotfaith_mech.config import parse_config
 from cotfaith_mech.datasets_io import read_problems
