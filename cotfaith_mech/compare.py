@@ -10,7 +10,7 @@
 5. Verdicts of the two-by-two table (metrics.py), none for a reader at chance; and one sentence on what came out.
 
 Arms: "A" is a reader, "B-A" a difference; where chains of several authors were read, "/author" follows, because
-reading and chains are different things.
+reading and chains are different things. So it does where the study names its authors.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def estimates_of(
     """All estimates of a run; `readers[0]` is the base every other reader is compared with.
 
     `records` is the long table, `chains` the rows of chains.jsonl. `primary` names the primary endpoints; a name
-    without a stratum means the both-correct one. `authors` are those whose chains were asked for, where some may have
-    written none. Raises CotfaithError when a reader has no records.
+    without a stratum means the both-correct one. `authors` are those whose chains were asked for by name, of whom some
+    may have written none. Raises CotfaithError when a reader has no records.
     """
     absent = [reader for reader in readers if reader not in set(records["reader"])]
     if absent:
@@ -64,7 +64,7 @@ def estimates_of(
     by_id = {row["chain_id"]: row for row in chains}
     records = records[records["reader"].isin(list(readers))]
     found, asked = sorted(records["author"].unique()), [reader for reader in readers if reader in authors]
-    several = max(len(found), len(authors)) > 1
+    several = len(found) > 1 or bool(authors)
     estimates: list[Estimate] = []
     arms: list[str] = []
     parts: list[Table] = []

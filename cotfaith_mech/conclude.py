@@ -51,8 +51,8 @@ def estimate(run: RunDirectory) -> None:
         raise CotfaithError(f"{run.path} holds no records: {why_empty(run)}.")
     names = [reader.name for reader in config.readers]
     rng = np.random.default_rng(config.seed)
-    several = max(len(config.all_authors), len(set(records["author"]))) > 1
-    estimates = estimates_of(records, chains, names, config.primary, rng, config.all_authors)
+    several = bool(config.authors) or len(set(records["author"])) > 1
+    estimates = estimates_of(records, chains, names, config.primary, rng, config.authors)
     bridges, disagreements = _bridges(records, chains, names, several, config.seed + 1)
     run.write_estimates([*estimates, *bridges])
     checks = [check for check in manifest.get("checks", []) if not check["check"].startswith("records/")]

@@ -87,7 +87,7 @@ def test_random_delta_has_the_norm_of_the_trained_one(experiments, tmp_path):
 def test_recipes_go_seed_by_seed(experiments):
     found = experiments("finetune").recipes(yaml.safe_load(SMOKE.read_text()))
     assert [one.name for one in found] == [
-        "answers_shortcut-1", "chains-1", "random_delta-1", "answers_shortcut-2", "chains-2",
+        "answers_shortcut-1", "chains-1", "random_delta-1", "answers_shortcut-2",
     ]  # fmt: skip
     assert found[0].lr == 5e-3
 
@@ -120,7 +120,7 @@ def test_only_the_completion_is_learned_and_encoded_as_it_is_read(experiments):
 
 def test_studied_questions_are_not_trained_on(experiments):
     config = yaml.safe_load(SMOKE.read_text())
-    config["study"]["problems"] = "organism:mix_000:8:1001"
+    config["study"]["problems"] = "organism:mix_000:96:1001"
     study = experiments("finetuning_weakens_steps")
     recipe = experiments("finetune").recipes(config)[0]
     with pytest.raises(CotfaithError, match="trained on a question of the study"):
@@ -146,7 +146,7 @@ def test_the_whole_study_at_the_size_of_a_test(experiments, tmp_path):
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{results.END}\nafter\n")
-    assert "answers shortcut (2)" in text
+    assert "| answers shortcut | 2 |" in text
     assert "old" not in text.split("\n")
     found = results.Results(tmp_path / "kept", yaml.safe_load(SMOKE.read_text()))
     row = found.row("answers_shortcut", "filler/change | both_correct")

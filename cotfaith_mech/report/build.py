@@ -96,7 +96,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
     config = manifest.get("config") or {}
     authors = list(dict.fromkeys(str(chain["author"]) for chain in chains))
     records, chains = views.one_author(records, chains, config)
-    several = len(authors) > 1 or len(config.get("authors") or []) > 1
+    several = len(authors) > 1 or bool(config.get("authors"))
     end = f"/{chains[0]['author']}" if several and chains else ""
     readers = views.readers_of(config, records)
     estimates = run.read_estimates() if (run.path / "estimates.parquet").is_file() else []
