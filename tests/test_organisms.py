@@ -130,7 +130,7 @@ def test_problems_are_aligned_answered_right_and_in_the_tokenizers_words(name: s
         assert problem.gold != problem.twin_answer
         assert not supplied(problem.steps, problem.paraphrases).rejected
         assert Trunk.of(model, chain, problem.kind).chain.answer.strip() == problem.gold
-        if problem.true_step is not None and name not in ("encoded",):
+        if problem.true_step is not None and name not in ("encoded", "unstable"):
             assert problem.gold in problem.steps[problem.true_step]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pandas as pd
 import pytest
 
 from cotfaith_mech.config import load_config, parse_config
-from cotfaith_mech.crossmodel import Pair, measure_cross_model
+from cotfaith_mech.crossmodel import Pair
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.records import RunDirectory
 from cotfaith_mech.study import run_study
@@ -149,7 +148,7 @@ PAIR = {
     "patch_directions": [],
     "attribution": False,
     "crosscheck_cells": 0,
-    "cross_model": True,
+    "cross_model": "write_read",
 }
 
 
@@ -161,7 +160,7 @@ def test_a_pair_that_cannot_be_spliced_costs_the_study_nothing_else_and_is_resum
     def refuse(*_: object) -> None:
         raise CotfaithError("they do not fit")
 
-    whole, of = measure_cross_model, Pair.of
+    of = Pair.of
     monkeypatch.setattr("cotfaith_mech.crossmodel.Pair.of", refuse)
     first = run_study(parse_config(PAIR), tmp_path / "pair")
     assert {"reason": "cross-model: they do not fit", "reader": "B"}.items() <= first.read_exclusions()[-1].items()
@@ -169,7 +168,6 @@ def test_a_pair_that_cannot_be_spliced_costs_the_study_nothing_else_and_is_resum
     assert set(first.read_records().reader) == {"A", "B"}
     n_before = len(first.read_records())
     monkeypatch.setattr("cotfaith_mech.crossmodel.Pair.of", of)
-    monkeypatch.setattr("cotfaith_mech.crossmodel.measure_cross_model", partial(whole, layers=False))
     found = run_study(parse_config(PAIR), tmp_path / "pair").read_records()
     crossed = found[found.measure == "cross_model"]
     assert set(crossed.reader) == {"B"}

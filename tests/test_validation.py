@@ -85,7 +85,7 @@ def test_the_true_difference_of_the_simulation_is_nothing_even_where_the_samples
 
 
 def test_a_cut_is_found() -> None:
-    _, p = repeated(pool(0.0), 40, 10, np.random.default_rng(1), cut=1.0)
+    _, p = repeated(pool(0.0), 150, 10, np.random.default_rng(1), cut=1.0)
     assert (p < 0.05).all()
 
 
