@@ -159,9 +159,10 @@ def section(results: Results) -> str:
     base = [_number(results.base(name)) for name in SCORES]
     copied = _own(results.runs["copy"][0], "accuracy", BASE) if results.runs["copy"] else np.nan
     lines.append("| *base* | | " + " | ".join([*base, _number(copied)]) + " |")
-    for group in results.groups:
-        cells = [_cell(results.row(group, name)) for name in (*SCORES, "copy")]
-        lines.append(f"| {_words(group)} | {len(results.of(group))} | " + " | ".join(cells) + " |")
+    for group, keys in results.config["conditions"].items():
+        done = len(results.of(group))
+        cells = [_cell(results.row(group, name)) for name in (*SCORES, "copy")] if done else ["not run"]
+        lines.append(f"| {_words(group)} | {done} of {keys['seeds']} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *answers(results)])
 
 

@@ -146,7 +146,7 @@ def test_the_whole_study_at_the_size_of_a_test(experiments, tmp_path):
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{results.END}\nafter\n")
-    assert "| answers shortcut | 2 |" in text
+    assert "| answers shortcut | 2 of 2 |" in text
     assert "old" not in text.split("\n")
     found = results.Results(tmp_path / "kept", yaml.safe_load(SMOKE.read_text()))
     row = found.row("answers_shortcut", "filler/change | both_correct")
@@ -164,3 +164,12 @@ def test_the_whole_study_at_the_size_of_a_test(experiments, tmp_path):
 
 def found_of(run, name, arm):
     return next(e.value for e in run.read_estimates() if (e.name, e.arm) == (name, arm))
+
+
+def test_the_readme_says_what_is_kept(experiments):
+    """The section is generated from the kept runs, so it cannot drift from them."""
+    results = experiments("finetuning_results")
+    config = yaml.safe_load((EXPERIMENTS / "finetuning_smollm2.yaml").read_text())
+    readme = (EXPERIMENTS.parent / "README.md").read_text()
+    said = readme.split(results.BEGIN)[1].split(results.END)[0].strip()
+    assert said == results.section(results.Results(EXPERIMENTS / "results" / "finetuning_smollm2", config))
