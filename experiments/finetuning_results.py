@@ -178,8 +178,15 @@ def _cell(row: Merged | None) -> str:
     if row is None or np.isnan(row.estimate.value):
         return "–"
     e = row.estimate
+    if _alike(row):
+        return f"{e.value:+.2f} in each seed"
     mark = "**" if e.ci_low > 0 or e.ci_high < 0 else ""
     return f"{mark}{e.value:+.2f}{mark} [{e.ci_low:+.2f}, {e.ci_high:+.2f}]"
+
+
+def _alike(row: Merged) -> bool:
+    """Several seeds of one value: their variance, and so the interval, cannot be told."""
+    return len(row.seeds) > 1 and np.ptp(list(row.seeds.values())) < 1e-9
 
 
 def answers(results: Results) -> Iterator[str]:
@@ -200,6 +207,8 @@ def answers(results: Results) -> Iterator[str]:
 def _span(row: Merged) -> str:
     """Value, interval, and what it rests on."""
     e, n = row.estimate, len(row.seeds)
+    if _alike(row):
+        return f"{e.value:+.2f} in each of {n} seeds ({e.n_problems} problems)"
     return f"{e.value:+.2f} [{e.ci_low:+.2f}, {e.ci_high:+.2f}] ({n} seed{'s'[: n - 1]}, {e.n_problems} problems)"
 
 
@@ -208,7 +217,7 @@ def _sentence(results: Results, group: str, name: str, arm: str) -> str:
     label = SCORES.get(name.split(" | ")[0], name)
     if row is None:
         return f"{label}: not measured (no problem that both answer right)."
-    if len(row.seeds) < ENOUGH_SEEDS or np.ptp(list(row.seeds.values())) < 1e-9:
+    if len(row.seeds) < ENOUGH_SEEDS or _alike(row):
         return f"{label}: {_span(row)}; of these checkpoints alone."
     p = holm_p(row.estimate)
     moved = "moves" if p <= 0.05 else "is not told from 0"
