@@ -195,6 +195,9 @@ def _with_holm(estimates: Sequence[Estimate], arms: Sequence[str], primary: Sequ
     return list(found.values())
 
 
+UNDECIDED = "undecided, the conflict test has no values for this pair."
+
+
 def primary_name(name: str) -> str:
     """An endpoint with its stratum: without one it means the problems that every compared reader gets right."""
     return name if " | " in name else name + BOTH_CORRECT
@@ -256,7 +259,7 @@ def conclusion(estimates: Sequence[Estimate], base: str, tuned: str, suffix: str
     found = {estimate.name: estimate for estimate in estimates if estimate.arm == arm}
     measured = {variant: triple for variant in CONFLICTS if (triple := _triple(found, variant))}
     if not measured:
-        return f"Between these checkpoints ({arm}): undecided, the conflict test has no values for this pair."
+        return f"Between these checkpoints ({arm}): {UNDECIDED}"
     variant, triple = next(iter(measured.items()))
     beside = ", no primary endpoint" if any(np.isnan(holm_p(estimate)) for estimate in triple) else ""
     numbers = ", ".join(

@@ -117,10 +117,12 @@ def _fraction_grid(lengths: set[int]) -> Float[np.ndarray, "x"]:
 def _curve(records: Table, lengths: dict[str, int], grid: Float[np.ndarray, "x"]) -> Float[np.ndarray, "x"]:
     """One problem's curve at `grid`: mean over its chains; NaN outside the fractions that were measured."""
     rows = []
-    for chain, one in records.groupby("chain_id"):
-        points = one.groupby("step")["value"].mean()
-        x = points.index.to_numpy(dtype=float) / lengths[str(chain)]
-        rows.append(np.interp(grid, x, points.to_numpy(dtype=float), left=np.nan, right=np.nan))
+    chain_ids, step, value = (records[name].to_numpy() for name in ("chain_id", "step", "value"))
+    for chain in dict.fromkeys(chain_ids):
+        own = chain_ids == chain
+        kept, place, count = np.unique(step[own].astype(float), return_inverse=True, return_counts=True)
+        means = np.bincount(place, value[own].astype(float)) / count
+        rows.append(np.interp(grid, kept / lengths[str(chain)], means, left=np.nan, right=np.nan))
     return np.mean(rows, axis=0)
 
 
@@ -188,15 +190,45 @@ def chain_maps(records: Table, chain: dict[str, Any]) -> Iterator[tuple[str, str
 
 
 def aligned_patches(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
-    """Mean patching effect by role of the step: `reader variant role layer site effect recovered n`."""
-    cells = patches(records).merge(steps_of(chains), on=["chain_id", "step"])
+    """Mean patching effect by role of the step: `reader variant role layer site effect low high recovered n`."""
+    of_problem = _patches_of_problems(records, chains)
     keys = ["reader", "variant", "role", "layer", "site"]
-    of_problem = cells.groupby([*keys, "problem_id"], as_index=False)[["effect", "gap"]].mean()
     table = of_problem.groupby(keys, as_index=False).agg(
-        effect=("effect", "mean"), gap=("gap", "mean"), n=("problem_id", "nunique")
+        effect=("effect", "mean"),
+        low=("effect", _low),
+        high=("effect", _high),
+        gap=("gap", "mean"),
+        n=("effect", "size"),
     )
     table["recovered"] = table["effect"] / table["gap"].where(table["gap"] != 0)
     return table.drop(columns="gap")
+
+
+def patch_differences(records: Table, chains: Sequence[dict[str, Any]], readers: Sequence[str]) -> Table:
+    """Mean difference of the patching effect to the first reader's on the same problem, in the columns of
+    `aligned_patches` without `site` and `recovered`; `reader` is the other one."""
+    of_problem = _patches_of_problems(records, chains)
+    keys = ["variant", "role", "layer"]
+    base = of_problem[of_problem["reader"] == readers[0]]
+    both = of_problem[of_problem["reader"] != readers[0]].merge(base, on=[*keys, "problem_id"], suffixes=("", "_base"))
+    both["effect"] -= both["effect_base"]
+    return both.groupby(["reader", *keys], as_index=False).agg(
+        effect=("effect", "mean"), low=("effect", _low), high=("effect", _high), n=("effect", "size")
+    )
+
+
+def _patches_of_problems(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
+    cells = patches(records).merge(steps_of(chains), on=["chain_id", "step"])
+    keys = ["reader", "variant", "role", "layer", "site", "problem_id"]
+    return cells.groupby(keys, as_index=False)[["effect", "gap"]].mean()
+
+
+def _low(values: Any) -> float:
+    return band(values.to_numpy(float))[0]
+
+
+def _high(values: Any) -> float:
+    return band(values.to_numpy(float))[1]
 
 
 def conflict(records: Table) -> Table:

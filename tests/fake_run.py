@@ -29,7 +29,9 @@ DRAWS = 3
 PRIMARY = ("same_answer_no_chain", "conflict/record_agree/p_chain", "knockout/true_step/delta_p")
 
 
-def write_fake_run(path: Path, *, hostile: str = "", checks_pass: bool = True) -> RunDirectory:
+def write_fake_run(
+    path: Path, *, hostile: str = "", checks_pass: bool = True, n_problems: int = N_PROBLEMS
+) -> RunDirectory:
     """Write the run; `hostile` is put into every text a model or data set could have written."""
     rng = np.random.default_rng(7)
     config = {
@@ -40,7 +42,7 @@ def write_fake_run(path: Path, *, hostile: str = "", checks_pass: bool = True) -
         "note": hostile,
     }
     run = RunDirectory.create(path, config)
-    chains = [_chain(index, rng, hostile) for index in range(N_PROBLEMS)]
+    chains = [_chain(index, rng, hostile) for index in range(n_problems)]
     run.write_chains(chains)
     for reader in READERS:
         for chain in chains:
@@ -165,7 +167,9 @@ def _meta(reader: str, chain: dict[str, Any], hostile: str) -> dict[str, Any]:
             "answer": None,
         }
     )
-    return {"reader": reader, "chain_id": chain["chain_id"], "answer": chain["answer"] + hostile, "edits": edits}
+    tokens = [[word + " " for word in step.split(" ")][:-1] + [step.split(" ")[-1]] for step in steps]
+    answer = chain["answer"] + hostile
+    return {"reader": reader, "chain_id": chain["chain_id"], "answer": answer, "edits": edits, "tokens": tokens}
 
 
 def _estimates() -> Iterator[Estimate]:

@@ -1,10 +1,11 @@
 """RUN/report.html from a run directory: one page, no network, no model.
 
 1. Tables and charts come from views.py and charts.py; texts reach the page through jinja2 with autoescape, or inside
-   one JSON block whose markup characters are escaped, and the page's script only ever sets them as text.
-2. A content security policy admits exactly the two scripts of the page, by their hashes: whatever slips into the
-   text can neither run nor load anything.
-3. The text comes before the scripts, so it is on the screen before plotly.js is read.
+   compressed JSON blocks, and the page's scripts only ever set them as text.
+2. A content security policy admits exactly the page's own scripts, by their hashes: whatever slips into the text can
+   neither run nor load anything.
+3. The text comes before the scripts, so it is on the screen before plotly.js is read; a chain's block is unpacked when
+   the chain is opened.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,27 +27,25 @@ from markupsafe import Markup
 
 from .. import views
 from ..certificate import doubts, in_words, shipped
-from ..compare import holm_p
+from ..compare import BOTH_CORRECT, CORRECT_WITHOUT_CHAIN, UNDECIDED, holm_p
 from ..metrics import CELLS
 from ..outcomes import Table
 from ..records import RunDirectory
 from ..stats import Estimate
 from . import charts
+from .chain_view import block, chain_data, effect_scales
 
 HERE = Path(__file__).parent
 VARIANT_WORDS = {
     "denoise": "denoising: the true chain's activations put into the run on altered numbers; blue restores the answer",
     "noise": "noising: altered numbers' activations put into the run on the true chain; red takes the answer away",
 }
-TEST_WORDS = {
-    "early_termination": "Early termination",
-    "filler": "Filler",
-    "paraphrase": "Paraphrase",
-    "mistake": "Mistake",
-    "shuffle": "Shuffle",
-    "swap": "Another problem's chain",
-    "conflict": "Conflict",
-}
+HEADLINES = ("accuracy", "dependence", "infogain/logp_gain")
+"""Shown in every stratum beside the primary outcomes."""
+STRATA = ("", BOTH_CORRECT, CORRECT_WITHOUT_CHAIN)
+"""Ends of an estimate's name: all problems, those all readers get right, those right without the chain."""
+PDF_OF = {"trace": "decision_trace"}
+"""The paper figure of a section where it has another name."""
 
 
 def build_report(run: RunDirectory) -> Path:
@@ -80,7 +80,8 @@ def number(value: Any, digits: int = 3) -> str:
     if value == 0:
         return "0"
     small = value != 0 and abs(value) < 10**-digits
-    return f"{value:.1e}" if small else f"{value:.{digits}f}".replace("-", "−")
+    text = f"{value:.1e}" if small else f"{value:.{digits}f}"
+    return "−" + text[1:] if text.startswith("-") else text
 
 
 def signed(value: Any) -> str:
@@ -95,22 +96,27 @@ def _context(run: RunDirectory) -> dict[str, Any]:
     manifest, records, chains = run.read_manifest(), run.read_records(), run.read_chains()
     config = manifest.get("config") or {}
     authors = list(dict.fromkeys(str(chain["author"]) for chain in chains))
+    of_all = records, chains
     records, chains = views.one_author(records, chains, config)
     several = len(authors) > 1 or bool(config.get("authors"))
     end = f"/{chains[0]['author']}" if several and chains else ""
     readers = views.readers_of(config, records)
     estimates = run.read_estimates() if (run.path / "estimates.parquet").is_file() else []
     apart = views.disagreements(manifest)
-    apart = apart[apart["chain_id"].isin([chain["chain_id"] for chain in chains])]
-    sections = _sections(records, chains, readers, apart)
+    own_apart = apart[apart["chain_id"].isin([chain["chain_id"] for chain in chains])]
+    sections = _sections(records, chains, readers, own_apart)
+    sections["curves"] = _curves_by_author(*of_all, readers, authors)
+    sections["beside"] = _beside(estimates, readers)
     primary = views.primary_differences(estimates, config, readers)
     shown = [estimate for estimate in primary if np.isfinite(estimate.value)]
     sections["forest"] = [charts.forest_chart(shown, readers)] if shown else []
     known = shipped()
-    scripts = {"plotly_js": plotly.offline.get_plotlyjs(), "page_js": (HERE / "report.js").read_text("utf-8")}
+    index, blocks = chain_data(run, *of_all, readers, apart)
+    scripts = {name: (HERE / f"{name}.js").read_text("utf-8") for name in ("charts", "chains")}
+    scripts = {"plotly": plotly.offline.get_plotlyjs(), **scripts}
     return {
         "policy": _policy(scripts.values()),
-        **{name: Markup(_clean(text)) for name, text in scripts.items()},
+        "scripts": [Markup(_clean(text)) for text in scripts.values()],
         "style": Markup((HERE / "report.css").read_text("utf-8")),
         "title": " · ".join(readers),
         "readers": _reader_rows(readers, config, manifest, estimates, end),
@@ -123,23 +129,87 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "doubts": doubts(known),
         "failed": [check for check in manifest.get("checks") or [] if not check.get("passed")],
         "primary": _primary_rows(primary, estimates, [reader + end for reader in readers]),
+        "strata": _strata(primary, estimates, readers),
         "estimates": _estimate_groups(estimates),
         "sections": sections,
-        "mediated": [estimate for estimate in estimates if estimate.name.startswith("mediation/")],
+        "mediated": _mediated(estimates),
         "variant_words": VARIANT_WORDS,
-        "disagreements": json.loads(apart.to_json(orient="records")),
+        "disagreements": json.loads(own_apart.to_json(orient="records")),
         "chains": chains,
         "exclusions": run.read_exclusions(),
         "paraphrases": manifest.get("paraphrases"),
         "manifest": json.dumps(manifest, indent=2, ensure_ascii=False),
-        "page_data": {
-            "charts": {chart["id"]: chart for chart in _numbered(sections)},
-            "chains": _chain_views(run, records, chains, readers),
-            "effects": _effect_scales(records),
-            "readers": readers,
-            "scale": charts.RDBU,
-        },
+        "blocks": blocks,
+        "pdfs": _pdfs(run, sections),
+        "page_data": block(
+            {
+                "charts": {chart["id"]: chart for chart in _numbered(sections)},
+                "chains": index,
+                "effects": effect_scales(of_all[0]),
+                "readers": readers,
+                "scale": charts.RDBU,
+            }
+        ),
     }
+
+
+def _curves_by_author(
+    records: Table, chains: list[dict[str, Any]], readers: list[str], authors: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The three tests' curves, of each author's chains by itself; authors without curves are left out."""
+    found = {}
+    for author in authors:
+        own = records[records["author"] == author], [chain for chain in chains if chain["author"] == author]
+        found[author] = charts.curve_charts(views.curves(*own), readers)
+    return {author: drawn for author, drawn in found.items() if drawn}
+
+
+def _beside(estimates: list[Estimate], readers: list[str]) -> list[dict[str, Any]]:
+    """Dependence and InfoGain of each reader and author, one beside the other."""
+    asked = (
+        (
+            "dependence",
+            "Dependence: does altering the chain alter the answer?",
+            "total variation, mistakes − paraphrase",
+        ),
+        ("infogain/logp_gain", "InfoGain: does the chain inform about the gold answer?", "nats a step"),
+    )
+    drawn = []
+    for name, title, unit in asked:
+        own = [e for e in estimates if e.name == name and e.arm.split("/")[0] in readers and np.isfinite(e.value)]
+        if own:
+            drawn.append(charts.levels_chart(own, readers, title, unit))
+    return drawn
+
+
+def _mediated(estimates: list[Estimate]) -> dict[str, dict[str, Estimate]]:
+    """`{effect: {arm: estimate}}` of the mediation on all problems, without the worlds the effects are made of."""
+    rows: dict[str, dict[str, Estimate]] = {}
+    for e in estimates:
+        if re.fullmatch(r"mediation/[^/]+/(?!y_)\w+", e.name):
+            rows.setdefault(e.name.removeprefix("mediation/"), {})[e.arm] = e
+    return rows
+
+
+def _strata(primary: list[Estimate], estimates: list[Estimate], readers: list[str]) -> list[dict[str, Any]]:
+    """A row an outcome and difference: its estimate on all problems and in each stratum, None where there is none."""
+    by_key = {(e.name, e.arm): e for e in estimates}
+    names = dict.fromkeys([*HEADLINES, *(estimate.name.split(" | ")[0] for estimate in primary)])
+    arms = dict.fromkeys(e.arm for e in estimates if views.tuned_reader(e.arm, readers))
+    rows = []
+    for name in names:
+        for arm in arms:
+            found = [by_key.get((name + end, arm)) for end in STRATA]
+            if any(e is not None and np.isfinite(e.value) for e in found):
+                rows.append({"name": name, "arm": arm, "strata": found})
+    return rows
+
+
+def _pdfs(run: RunDirectory, sections: dict[str, Any]) -> dict[str, str]:
+    """`{file name: base64}` of the paper figures that a chart of the page names, where they have been drawn."""
+    named = {chart["pdf"] for chart in _numbered(sections)}
+    paths = {name: run.figures / f"{name}.pdf" for name in sorted(named)}
+    return {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items() if path.is_file()}
 
 
 def _clean(script: str) -> str:
@@ -159,8 +229,10 @@ def _policy(scripts: Any) -> str:
 
 
 def _verdicts(manifest: dict[str, Any]) -> list[str]:
+    """The sentences of what was concluded; those of pairs without values only where there is no other."""
     found = manifest.get("conclusion") or []
-    return [found] if isinstance(found, str) else [str(sentence) for sentence in found]
+    sentences = [found] if isinstance(found, str) else [str(sentence) for sentence in found]
+    return [sentence for sentence in sentences if not sentence.endswith(UNDECIDED)] or sentences[:1]
 
 
 def _two_by_two(manifest: dict[str, Any], estimates: list[Estimate]) -> list[dict[str, Any]]:
@@ -196,12 +268,15 @@ def _sections(records: Table, chains: list[dict[str, Any]], readers: list[str], 
     cells = views.aligned_patches(records, chains)
     triple, losses = views.conflict(records), views.knockout(records, chains)
     heads, points = views.attribution(records, chains), views.bridge(records)
+    gaps = views.patch_differences(records, chains, readers) if len(cells) else cells
     variants = [(str(variant), of_variant) for variant, of_variant in cells.groupby("variant")]
     return {
         "conflict": [charts.conflict_chart(triple, readers)] if len(triple) else [],
-        "curves": charts.curve_charts(views.curves(records, chains), readers),
         "trace": charts.trace_charts(views.trace(records, chains), readers),
-        "patching": {variant: charts.patching_charts(of_variant, readers) for variant, of_variant in variants},
+        "patching": {
+            variant: charts.patching_charts(of_variant, gaps[gaps["variant"] == variant], readers)
+            for variant, of_variant in variants
+        },
         "knockout": [charts.knockout_chart(losses, readers)] if len(losses) else [],
         "attribution": charts.attribution_charts(heads, readers) if len(heads) else {"charts": [], "limit": 1.0},
         "cross_model": charts.cross_model_charts(views.cross_model(records), readers),
@@ -210,13 +285,14 @@ def _sections(records: Table, chains: list[dict[str, Any]], readers: list[str], 
 
 
 def _numbered(sections: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every chart of `sections`, each given the id that ties it to its place in the page."""
+    """Every chart of `sections`, each given the id that ties it to its place in the page, and its paper figure."""
     found: list[dict[str, Any]] = []
     for name, section in sections.items():
-        groups = section if name == "patching" else {"": section}
+        groups = section if name in ("patching", "curves") else {"": section}
         for key, group in groups.items():
             for chart in group["charts"] if isinstance(group, dict) else group:
-                chart["id"] = f"{name}{key}-{len(found)}"
+                chart["id"] = f"{name}-{len(found)}"
+                chart["pdf"] = f"patching_{key}" if name == "patching" else PDF_OF.get(name, name)
                 found.append(chart)
     return found
 
@@ -227,6 +303,7 @@ def _primary_rows(primary: list[Estimate], estimates: list[Estimate], readers: l
     rows = []
     for name in dict.fromkeys(estimate.name for estimate in primary):
         own = [estimate for estimate in primary if estimate.name == name]
+        own = [estimate for estimate in own if estimate.n_problems] or own
         alone = [by_key.get((name, reader)) for reader in readers]
         differences = [{**asdict(estimate), "holm": holm_p(estimate)} for estimate in own]
         rows.append({"name": name, "readers": alone, "differences": differences})
@@ -238,53 +315,3 @@ def _estimate_groups(estimates: list[Estimate]) -> dict[str, list[Estimate]]:
     for estimate in estimates:
         groups.setdefault(estimate.name.split("/")[0].split(" | ")[0], []).append(estimate)
     return groups
-
-
-def _effect_scales(records: Table) -> list[dict[str, Any]]:
-    effects = views.step_effects(records)
-    scales = []
-    for effect in views.EFFECTS:
-        values = effects.loc[effects["effect"] == effect.key, "value"]
-        if len(values):
-            scales.append({**asdict(effect), "limit": charts.limit_of(values)})
-    return scales
-
-
-def _chain_views(
-    run: RunDirectory, records: Table, chains: list[dict[str, Any]], readers: list[str]
-) -> list[dict[str, Any]]:
-    """What the chain view shows of each chain: texts, answers, step effects, its own maps, the edited texts."""
-    effects, cells = views.step_effects(records), views.patches(records)
-    metas = [meta for meta in run.read_unit_meta() if "answer" in meta]
-    rows = []
-    for chain in chains:
-        own = [meta for meta in metas if meta.get("chain_id") == chain["chain_id"]]
-        maps = cells[cells["chain_id"] == chain["chain_id"]]
-        row = {key: chain.get(key) for key in ("chain_id", "problem_id", "question", "gold", "cue", "true_step")}
-        row |= {"steps": list(chain["steps"]), "answers": {meta["reader"]: meta.get("answer") for meta in own}}
-        row["effects"] = _effects_of(effects[effects["chain_id"] == chain["chain_id"]], len(chain["steps"]))
-        row["maps"] = {str(v): charts.chain_charts(one, chain, readers) for v, one in maps.groupby("variant")}
-        row["edits"] = _edits_of(own)
-        rows.append(row)
-    return rows
-
-
-def _effects_of(effects: Table, n_steps: int) -> dict[str, dict[str, list[float | None]]]:
-    """`{effect: {reader: [value of each step]}}`."""
-    found: dict[str, dict[str, list[float | None]]] = {}
-    for (effect, reader), one in effects.groupby(["effect", "reader"]):
-        values = one.groupby("step")["value"].mean().reindex(range(n_steps))
-        found.setdefault(str(effect), {})[str(reader)] = charts.numbers(values)
-    return found
-
-
-def _edits_of(metas: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The edited texts of all tests, each once, with the answer each reader gave to it."""
-    found: dict[str, dict[str, Any]] = {}
-    for meta in metas:
-        for edit in meta.get("edits") or []:
-            where = {key: edit.get(key) for key in ("measure", "variant", "step", "seed", "steps")}
-            row = found.setdefault(json.dumps(where), {**where, "answers": {}})
-            row["test"] = TEST_WORDS.get(edit["measure"], edit["measure"])
-            row["answers"][meta["reader"]] = edit.get("answer")
-    return list(found.values())

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from .. import views
 from ..figure_style import READER_COLOURS
@@ -26,6 +27,7 @@ RDBU = (
     "#053061",
 )  # fmt: skip
 """ColorBrewer's RdBu, red (negative) to blue (positive)."""
+MOST_HEADS = 12
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 
 
@@ -201,35 +203,31 @@ def limit_of(values: Iterable[float]) -> float:
     return max(finite, default=0.0) or 1.0
 
 
-def patching_charts(cells: Table, readers: Sequence[str]) -> dict[str, Any]:
-    """Maps of layer x role of the step for one variant: readers, then differences to the first; and the limit."""
+def patching_charts(cells: Table, gaps: Table, readers: Sequence[str]) -> dict[str, Any]:
+    """Maps of layer x role of the step for one variant: readers, then `gaps` to the first; and the limit."""
     roles = [role for role in views.ROLES if (cells["role"] == role).any()]
     layers = sorted(cells["layer"].unique())
-    shown = views.present(readers, cells)
-    index = [(reader, role) for reader in shown for role in roles]
-    wide = cells.pivot_table(index=["reader", "role"], columns="layer", values="effect").reindex(index, columns=layers)
-    share = cells.pivot_table(index=["reader", "role"], columns="layer", values="recovered").reindex(
-        index, columns=layers
-    )
     sites = cells.groupby("layer")["site"].first()
-    maps = {reader: wide.loc[reader].to_numpy(float) for reader in shown}
-    gaps = {(a, b): maps[a] - maps[b] for a, b in views.differences(readers, cells)}
-    limit = limit_of(np.concatenate([*maps.values(), *gaps.values()]).ravel())
-    where = [[f"{role}<br>{label(str(sites[layer]))}" for layer in layers] for role in roles]
+    shown = [(f"reader {reader}", cells[cells["reader"] == reader]) for reader in views.present(readers, cells)]
+    shown += [(f"{b} − {a}", gaps[gaps["reader"] == b]) for b, a in views.differences(readers, cells)]
+    limit = limit_of(np.concatenate([one["effect"].to_numpy(float) for _, one in shown]))
     charts = []
-    for reader in shown:
-        parts = share.loc[reader].to_numpy(float)
-        hover = [
-            [f"{text}<br>recovered {part:.0%}" if np.isfinite(part) else text for text, part in zip(*row, strict=True)]
-            for row in zip(where, parts, strict=True)
-        ]
-        charts.append(heatmap(f"reader {reader}", maps[reader], layers, roles, limit, hover, axes=("layer", "")))
-    charts += [
-        heatmap(f"{a} − {b}", gap, layers, roles, limit, where, axes=("layer", "")) for (a, b), gap in gaps.items()
-    ]
-    for chart in charts:
-        chart["layout"]["yaxis"]["autorange"] = "reversed"
+    for title, one in shown:
+        of = {(row["role"], row["layer"]): row for row in one.to_dict("records")}
+        hover = [[_hover_of(role, str(sites[layer]), of.get((role, layer))) for layer in layers] for role in roles]
+        values = np.array([[of.get((role, layer), {}).get("effect", np.nan) for layer in layers] for role in roles])
+        charts.append(heatmap(title, values, layers, roles, limit, hover, axes=("layer", "")))
+        charts[-1]["layout"]["yaxis"]["autorange"] = "reversed"
     return {"charts": charts, "limit": limit}
+
+
+def _hover_of(role: str, site: str, row: dict[str, Any] | None) -> str:
+    lines = [role, label(site)]
+    if row is not None and np.isfinite(row["low"]):
+        lines.append(f"95% [{row['low']:+.3f}, {row['high']:+.3f}], {row['n']} problems")
+    if row is not None and np.isfinite(row.get("recovered", np.nan)):
+        lines.append(f"recovered {row['recovered']:.0%}")
+    return "<br>".join(lines)
 
 
 def cross_model_charts(cells: Table, readers: Sequence[str]) -> list[dict[str, Any]]:
@@ -274,25 +272,85 @@ def trace_charts(decided: Table, readers: Sequence[str]) -> list[dict[str, Any]]
     return charts
 
 
+def _means(
+    rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]
+) -> Float[np.ndarray, "row column"]:
+    """Mean of `values` in each cell of a grid; NaN where there is none."""
+    total, count = np.zeros(shape), np.zeros(shape)
+    np.add.at(total, (rows, columns), values)
+    np.add.at(count, (rows, columns), 1)
+    return np.divide(total, count, out=np.full(shape, np.nan), where=count > 0)
+
+
 def chain_charts(cells: Table, chain: dict[str, Any], readers: Sequence[str]) -> dict[str, Any]:
     """Maps of layer x step of one chain and variant, one a reader, and the limit; hover shows site and step text."""
-    layers = sorted(cells["layer"].unique())
-    sites = cells.groupby("layer")["site"].first()
-    steps = range(len(chain["steps"]))
-    limit = limit_of(cells["effect"])
-    names = [f"{step + 1}{' ●' if step == chain.get('true_step') else ''}" for step in steps]
-    hover = [[f"{label(chain['steps'][j])}<br>{label(str(sites[layer]))}" for layer in layers] for j in steps]
+    layer, step, of_reader = (cells[name].to_numpy() for name in ("layer", "step", "reader"))
+    values = cells["effect"].to_numpy(float)
+    layers, first = np.unique(layer.astype(int), return_index=True)
+    sites = cells["site"].to_numpy()[first]
+    names = [_step_name(chain, j) for j in range(len(chain["steps"]))]
+    hover = [[f"{label(text)}<br>{label(str(site))}" for site in sites] for text in chain["steps"]]
+    limit = limit_of(values)
     charts = []
     for reader in readers:
-        one = cells[cells["reader"] == reader]
-        if len(one):
-            wide = one.pivot_table(index="step", columns="layer", values="effect").reindex(steps, columns=layers)
-            chart = heatmap(
-                f"reader {reader}", wide.to_numpy(float), layers, names, limit, hover, axes=("layer", "step")
-            )
+        own = of_reader == reader
+        if own.any():
+            columns = np.searchsorted(layers, layer[own].astype(int))
+            wide = _means(step[own].astype(int), columns, values[own], (len(names), len(layers)))
+            chart = heatmap(f"reader {reader}", wide, layers.tolist(), names, limit, hover, axes=("layer", "step"))
             chart["layout"]["yaxis"]["autorange"] = "reversed"
             charts.append(chart)
     return {"charts": charts, "limit": limit}
+
+
+def heads_by_step_charts(heads: Table, chain: dict[str, Any], readers: Sequence[str]) -> dict[str, Any]:
+    """Maps of head x step of one chain, one a reader: direct logit contribution of the MOST_HEADS heads that carry the
+    most from any step, of any reader; and the limit."""
+    places, row = np.unique(heads[["layer", "head"]].to_numpy(int), axis=0, return_inverse=True)
+    step, of_reader = heads["step"].to_numpy(int), heads["reader"].to_numpy()
+    shape = len(places), len(chain["steps"])
+    shown = views.present(readers, heads)
+    wide = {}
+    for reader in shown:
+        own = of_reader == reader
+        wide[reader] = _means(row[own], step[own], heads["value"].to_numpy(float)[own], shape)
+    size = np.nanmax([np.nanmax(np.abs(one), axis=1) for one in wide.values()], axis=0)
+    chosen = np.sort(np.argsort(-size, kind="stable")[:MOST_HEADS])
+    names = [f"layer {layer}, head {head}" for layer, head in places[chosen]]
+    hover = [[f"{name}<br>{label(text)}" for text in chain["steps"]] for name in names]
+    limit = limit_of(np.concatenate([one[chosen].ravel() for one in wide.values()]))
+    marks = [_step_name(chain, j) for j in range(shape[1])]
+    charts = []
+    for reader in shown:
+        title, values = f"reader {reader}", wide[reader][chosen]
+        charts.append(heatmap(title, values, marks, names, limit, hover, row_height=22, axes=("step", "")))
+        charts[-1]["layout"]["yaxis"]["autorange"] = "reversed"
+    return {"charts": charts, "limit": limit}
+
+
+def _step_name(chain: dict[str, Any], step: int) -> str:
+    return f"{step + 1}{' ●' if step == chain.get('true_step') else ''}"
+
+
+def levels_chart(estimates: Sequence[Estimate], readers: Sequence[str], title: str, unit: str) -> dict[str, Any]:
+    """One number of every reader with its interval, a row a reader and author."""
+    shades = [colour(readers, e.arm.split("/")[0]) for e in estimates]
+    values, lows, highs = (numbers(getattr(e, name) for e in estimates) for name in ("value", "ci_low", "ci_high"))
+    above = [None if v is None or h is None else h - v for v, h in zip(values, highs, strict=True)]
+    below = [None if v is None or low is None else v - low for v, low in zip(values, lows, strict=True)]
+    trace = {
+        "mode": "markers",
+        "x": values,
+        "y": [label(e.arm.replace("/", " reads ")) for e in estimates],
+        "marker": {"color": shades, "size": 9},
+        "error_x": {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": "#777777"},
+        "customdata": [list(row) for row in zip(lows, highs, (e.n_problems for e in estimates), strict=True)],
+        "hovertemplate": "%{y}: %{x:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}], %{customdata[2]} problems"
+        "<extra></extra>",
+        "showlegend": False,
+    }
+    x = {"title": {"text": unit}, "zeroline": True}
+    return _chart(title, [trace], 110 + 34 * len(estimates), xaxis=x, yaxis={"autorange": "reversed"})
 
 
 def knockout_chart(losses: Table, readers: Sequence[str]) -> dict[str, Any]:

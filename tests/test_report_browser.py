@@ -1,0 +1,338 @@
+"""The report in a real browser: what a person hovers, clicks, filters, links to and saves; nothing leaves the file."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from cotfaith_mech import views
+from cotfaith_mech.figures import draw_figures
+from cotfaith_mech.records import RunDirectory
+from cotfaith_mech.report import build_report
+
+from .fake_run import write_fake_run
+from .test_report import HOSTILE
+
+CHROMIUM = shutil.which("chromium")
+WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+N_CHAINS = 9
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None and "CI" not in os.environ, reason="no chromium on this machine: apt-get install chromium"
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    run = write_fake_run(tmp_path_factory.mktemp("runs") / "demo", n_problems=N_CHAINS)
+    draw_figures(run)
+    build_report(run)
+    return run
+
+
+class Watched:
+    """A page that notes whatever a report must never do: ask for something, complain, or open a dialogue."""
+
+    def __init__(self, browser: Browser, path: Path, fragment: str = "", **context: Any) -> None:
+        self.page: Page = browser.new_context(**{"viewport": WIDE, **context}).new_page()
+        self.wrong: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.wrong.append(message.text))
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.wrong.append(dialog.message))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.url = path.resolve().as_uri() + fragment
+        self.page.goto(self.url)
+        expect(self.page.locator("#chain-steps tr").first).to_be_visible()
+
+    def outside(self) -> list[str]:
+        own = self.url.split("#")[0]
+        return [url for url in self.requests if not url.startswith(("data:", "blob:", own))]
+
+
+@pytest.fixture
+def watched(browser: Browser, run: RunDirectory) -> Iterator[Watched]:
+    watched = Watched(browser, run.path / "report.html")
+    yield watched
+    watched.page.context.close()
+    assert watched.wrong == []
+    assert watched.outside() == []
+
+
+def open_section(page: Page, name: str) -> None:
+    page.evaluate("name => document.getElementById(name).scrollIntoView()", name)
+    expect(page.locator(f"#{name} .main-svg").first).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["1280", "390"])
+def test_every_chart_is_drawn_quietly_and_nothing_is_wider_than_the_page(
+    browser: Browser, run: RunDirectory, viewport: Any, scheme: Any
+) -> None:
+    watched = Watched(browser, run.path / "report.html", viewport=viewport, color_scheme=scheme)
+    page = watched.page
+    for name in page.eval_on_selector_all("section", "nodes => nodes.map(node => node.id)"):
+        page.evaluate("name => document.getElementById(name).scrollIntoView({behavior: 'instant'})", name)
+    for place in page.locator("main [data-chart]").all():
+        place.scroll_into_view_if_needed()
+        expect(place.locator(".main-svg").first).to_be_attached()
+    assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    ink = page.evaluate("getComputedStyle(document.querySelector('#curves .xtick text')).fill")
+    bright = [sum(map(int, text[4:-1].split(","))) / 765 for text in (ground, ink)]
+    assert (bright[0] > 0.9 and bright[1] < 0.2) if scheme == "light" else (bright[0] < 0.2 and bright[1] > 0.8)
+    assert watched.wrong == []
+    assert watched.outside() == []
+    page.context.close()
+
+
+def test_changing_to_dark_redraws_what_is_there(watched: Watched) -> None:
+    open_section(watched.page, "curves")
+    watched.page.emulate_media(color_scheme="dark")
+    tick = watched.page.locator("#curves .xtick text").first
+    expect(tick).to_have_css("fill", "rgb(232, 230, 225)")
+
+
+def test_hover_on_a_map_tells_value_interval_and_site(watched: Watched, run: RunDirectory) -> None:
+    open_section(watched.page, "patching")
+    watched.page.locator("#patching .nsewdrag").first.hover(position={"x": 5, "y": 5})
+    hover = watched.page.locator("#patching .hoverlayer").first
+    expect(hover).to_contain_text("true step")
+    cells = views.aligned_patches(run.read_records(), run.read_chains()).set_index(
+        ["reader", "variant", "role", "layer"]
+    )
+    cell = cells.loc["A", "denoise", "true step", 0]
+    expect(hover).to_contain_text(f"95% [{cell.low:+.3f}, {cell.high:+.3f}], {N_CHAINS} problems")
+    expect(hover).to_contain_text("blocks.0.hook_resid_pre")
+    expect(hover).to_contain_text(f"{cell.effect:+.3f}")
+
+
+def test_a_point_of_the_bridge_opens_its_chain(watched: Watched) -> None:
+    page = watched.page
+    open_section(page, "bridge")
+    point = page.locator("#bridge .scatterlayer .point").nth(17)
+    point.scroll_into_view_if_needed()
+    box = point.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    named = page.locator("#bridge .hoverlayer text.nums").first.text_content() or ""
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    expect(page.locator("#chain-name")).to_have_text(f"{named.split(',')[0]}, chain of gold")
+    assert "chain=" in page.url
+
+
+def test_disagreements_stand_before_the_scatter_and_open_their_chain(watched: Watched) -> None:
+    page = watched.page
+    link = page.locator("#bridge table a").first
+    link.click()
+    expect(page.locator("#chain-name")).to_contain_text("p03")
+    expect(page.locator("#chain-gold")).to_contain_text("behaviour and mechanism disagree (B)")
+    assert page.locator("#pick-reader").input_value() == "B"
+    order = "(a, b) => a.compareDocumentPosition(b) & Node.DOCUMENT_POSITION_FOLLOWING"
+    assert page.evaluate(
+        f"({order})(document.querySelector('#bridge table'), document.querySelector('#bridge figure'))"
+    )
+
+
+def test_a_link_opens_its_chain_reader_and_effect(browser: Browser, run: RunDirectory) -> None:
+    chain = run.read_chains()[7]
+    fragment = f"#chain={chain['chain_id']}&reader=C&effect=mistake"
+    watched = Watched(browser, run.path / "report.html", fragment)
+    expect(watched.page.locator("#chain-name")).to_have_text(f"{chain['problem_id']}, chain of gold")
+    expect(watched.page.locator("#chain-question")).to_have_text(chain["question"])
+    picked = [watched.page.locator(f"#pick-{name}").input_value() for name in ("reader", "effect")]
+    assert picked == ["C", "mistake"]
+    expect(watched.page.locator("#chain")).to_be_focused()
+    assert watched.wrong == []
+    watched.page.context.close()
+
+
+def listed(page: Page, column: int) -> list[str]:
+    return page.locator(f"#chain-list tr td:nth-child({column})").all_text_contents()
+
+
+def test_chains_are_sorted_and_filtered_by_an_effect(watched: Watched, run: RunDirectory) -> None:
+    page = watched.page
+    effects = views.step_effects(run.read_records())
+    own = effects[(effects.effect == "knockout") & (effects.reader == "B")]
+    sizes = own.groupby("problem_id")["value"].agg(lambda values: values.abs().max()).sort_values(ascending=False)
+    page.locator("#pick-reader").select_option("B")
+    page.locator("#pick-order").select_option("down")
+    assert listed(page, 1) == list(sizes.index)
+    limit = float(sizes.iloc[3] + sizes.iloc[4]) / 2
+    page.locator("#least").fill(str(limit))
+    assert listed(page, 1) == list(sizes.index[:4])
+    assert page.locator("#chain-count").text_content() == f"4 of {N_CHAINS} chains"
+    page.locator("#least").fill("")
+    page.locator("#pick-order").select_option("up")
+    assert listed(page, 1) == list(sizes.index[::-1])
+    page.locator("#search").fill("P07")
+    assert listed(page, 1) == ["p07"]
+    page.locator("#search").fill("")
+    page.locator("#pick-kind").select_option("apart")
+    assert sorted(listed(page, 1)) == ["p01", "p03"]
+
+
+def test_a_long_list_opens_in_pages(browser: Browser, tmp_path: Path) -> None:
+    chain = {
+        "question": "How many?",
+        "prompt": "",
+        "cue": "So",
+        "answer": " 4",
+        "author": "gold",
+        "steps": ["2 + 2 = 4."],
+    }
+    run = RunDirectory.create(tmp_path / "run", {"readers": ["A"]})
+    run.write_chains([chain | {"problem_id": f"p{i}", "chain_id": f"c{i}"} for i in range(55)])
+    watched = Watched(browser, build_report(run), "#chain=c54")
+    expect(watched.page.locator("#chain-name")).to_have_text("p54, chain of gold")
+    assert len(listed(watched.page, 1)) == 50
+    watched.page.locator("#more").click()
+    assert listed(watched.page, 1) == [f"p{i}" for i in range(55)]
+    expect(watched.page.locator("#more")).to_be_hidden()
+    assert watched.wrong == []
+    watched.page.context.close()
+
+
+def test_the_chain_view_by_keyboard(watched: Watched) -> None:
+    page = watched.page
+    page.keyboard.press("j")
+    expect(page.locator("#chain-name")).to_contain_text("p01")
+    page.keyboard.press("j")
+    expect(page.locator("#chain-name")).to_contain_text("p02")
+    page.keyboard.press("k")
+    expect(page.locator("#chain-name")).to_contain_text("p01")
+    page.locator("#search").focus()
+    page.keyboard.press("j")
+    expect(page.locator("#chain-name")).to_contain_text("p01")
+    page.locator("#search").fill("")
+    page.locator("#chain-list a").nth(4).focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#chain-name")).to_contain_text("p04")
+
+
+def test_tokens_arrows_and_edits_of_a_chain(watched: Watched, run: RunDirectory) -> None:
+    page, chain = watched.page, run.read_chains()[0]
+    words = chain["steps"][0].split(" ")
+    token = page.locator("#chain-steps tr").first.locator(".token").nth(1)
+    assert token.get_attribute("title") == f'token 2 of {len(words)}: "{words[1]} "'
+    effects = views.step_effects(run.read_records())
+    own = effects[(effects.effect == "direct") & (effects.reader == "A")]
+    sums = own[own.chain_id == chain["chain_id"]].sort_values("step")["value"]
+    titles = page.locator(".arrows path title").all_text_contents()
+    assert titles == [f"step {j + 1}: {value:.3f} logits straight to the answer" for j, value in enumerate(sums)]
+    widths = [float(path.get_attribute("stroke-width") or "0") for path in page.locator(".arrows path[stroke]").all()]
+    assert sorted(range(4), key=widths.__getitem__) == sorted(range(4), key=sums.abs().tolist().__getitem__)
+    page.locator("#chain-edits summary", has_text="Mistake").click()
+    expect(page.locator("#chain-edits mark")).to_have_text([chain["steps"][1].replace("=", "= 1"), " ..." * 20])
+    expect(page.locator("#chain-heads .main-svg").first).to_be_attached()
+
+
+def test_a_figure_is_saved_as_png_pdf_and_csv(watched: Watched, run: RunDirectory, tmp_path: Path) -> None:
+    page = watched.page
+    open_section(page, "patching")
+    saved = {}
+    for kind in ("PNG", "PDF", "CSV"):
+        with page.expect_download() as download:
+            page.locator("#patching .save button", has_text=kind).first.click()
+        saved[kind] = tmp_path / download.value.suggested_filename
+        download.value.save_as(saved[kind])
+    picture = imread(saved["PNG"])
+    assert picture.shape[0] > 400
+    assert picture[..., :3].std() > 0.05
+    assert picture[0, 0, :3].min() == 1
+    assert saved["PDF"].read_bytes() == (run.figures / "patching_denoise.pdf").read_bytes()
+    rows = list(csv.DictReader(saved["CSV"].read_text().splitlines()))
+    cells = views.aligned_patches(run.read_records(), run.read_chains())
+    own = cells[(cells.reader == "A") & (cells.variant == "denoise")].set_index(["role", "layer"])["effect"]
+    assert {(row["row"], int(row["layer"])): pytest.approx(float(row["value"]), rel=1e-4) for row in rows} == dict(own)
+
+
+def test_the_curves_csv_holds_the_intervals(watched: Watched, run: RunDirectory, tmp_path: Path) -> None:
+    open_section(watched.page, "curves")
+    with watched.page.expect_download() as download:
+        watched.page.locator("#curves .save button", has_text="CSV").first.click()
+    download.value.save_as(tmp_path / "curve.csv")
+    rows = list(csv.DictReader((tmp_path / "curve.csv").read_text().splitlines()))
+    curves = views.curves(run.read_records(), run.read_chains())
+    own = curves[curves.measure == "early_termination"]
+    found = [[float(row[key]) for key in ("interval_low", "interval_high", "problems")] for row in rows]
+    assert found == [pytest.approx(row, abs=1e-4) for row in own[["low", "high", "n"]].to_numpy(float).tolist()]
+    assert [row["series"] for row in rows] == own["reader"].tolist()
+
+
+def test_a_figure_without_a_paper_version_is_printed_alone(watched: Watched) -> None:
+    page = watched.page
+    expect(page.locator("#chain-maps .main-svg").first).to_be_attached()
+    page.evaluate(
+        "() => { window.print = () => { window.printed = [...document.querySelectorAll('figure')].map("
+        "node => getComputedStyle(node).display); }; }"
+    )
+    page.emulate_media(media="print")
+    page.locator("#chain-maps .save button", has_text="PDF").first.evaluate("node => node.click()")
+    shown = page.evaluate("window.printed")
+    assert len([display for display in shown if display != "none"]) == 1
+    assert page.locator(".printed, .print-one").count() == 0
+
+
+def test_printing_shows_what_the_screen_folds(watched: Watched) -> None:
+    watched.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    for place in watched.page.locator("main [data-chart]").all():
+        expect(place.locator(".main-svg").first).to_be_attached()
+    assert watched.page.locator("details:not([open])").count() == 0
+    watched.page.emulate_media(media="print")
+    expect(watched.page.locator("nav")).to_be_hidden()
+
+
+def test_estimates_are_filtered(watched: Watched) -> None:
+    page = watched.page
+    page.locator("#filter").fill("knockout B-A")
+    assert page.locator("#filter-count").text_content() == "2 estimates"
+    names = page.locator("#estimates tr.estimate:visible td:first-child").all_text_contents()
+    assert sorted(names) == ["bridge/mistake~knockout/top1", "knockout/true_step/delta_p | both_correct"]
+
+
+def test_hostile_texts_stay_texts(browser: Browser, tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "hostile", hostile=HOSTILE)
+    watched = Watched(browser, build_report(run))
+    page = watched.page
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    for place in page.locator("main [data-chart]").all():
+        expect(place.locator(".main-svg").first).to_be_attached()
+    expect(page.locator("#chain-question")).to_contain_text("onerror=alert(1)")
+    assert page.locator("img").count() == 0
+    assert page.locator("script:not([type])").count() == 3
+    assert watched.wrong == []
+    assert watched.outside() == []
+    page.context.close()
+
+
+def test_a_chain_is_unpacked_only_when_it_is_opened(watched: Watched) -> None:
+    """What a chain costs is paid when it is looked at: blocks are not touched before."""
+    page = watched.page
+    page.evaluate(
+        "() => { window.read = []; document.querySelectorAll('.chain-data').forEach((node, i) => "
+        "Object.defineProperty(node, 'textContent', { get: () => { window.read.push(i); return node.firstChild.data; } })); }"
+    )
+    page.locator("#chain-list a").nth(8).click()
+    expect(page.locator("#chain-name")).to_contain_text("p08")
+    page.locator("#chain-list a").nth(3).click()
+    expect(page.locator("#chain-name")).to_contain_text("p03")
+    page.locator("#chain-list a").nth(8).click()
+    expect(page.locator("#chain-name")).to_contain_text("p08")
+    assert page.evaluate("window.read") == [8, 3]
