@@ -6,7 +6,7 @@ USE := $(VENV)/.installed-use
 DEV := $(VENV)/.installed-dev
 DEMO_RUN ?= runs/demo
 
-.PHONY: demo test check validate clean
+.PHONY: demo test check validate docs clean
 
 demo: $(USE)
 	$(BIN)/cotfaith demo --out $(DEMO_RUN)
@@ -21,6 +21,10 @@ check: $(DEV)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pyright
+
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Documentation: build/site/index.html"
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV) 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) \

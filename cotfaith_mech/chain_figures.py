@@ -57,9 +57,7 @@ def heads_figure(cells: Table, chain: dict[str, Any], readers: list[str], varian
         wide = one.pivot_table(index="step", columns="name", values="effect").reindex(index=range(n), columns=shown)
         draw_map(axis, wide.to_numpy(float), limit)
         axis.set(title=f"reader {drawable(reader)}", ylabel="step")
-        label_ticks(
-            axis, "y", [f"{'● ' if step == chain.get('true_step') else ''}{step}" for step in range(n)], most=30
-        )
+        label_ticks(axis, "y", [_marked(chain, step) for step in range(n)], most=30)
     axes[-1].set_xticks(np.arange(len(shown)) + 0.5, shown, rotation=90, fontsize=6.5)
     axes[-1].set_xlabel(f"layer.{'KV head' if 'kv_head' in variant else 'query head'}, the {len(shown)} that do most")
     draw_scale(figure, axes, limit, f"Δ logit difference\n({variant}, logits)")
@@ -85,7 +83,7 @@ def tokens_figure(cells: Table, chain: dict[str, Any], readers: list[str], varia
         for at in starts:
             axis.axvline(positions.index(at), color="#444444", linewidth=0.6)
     word = "step " if len(starts) <= 8 else ""
-    marks = [f"{'● ' if step == chain.get('true_step') else ''}{word}{int(step)}" for step in starts.index]
+    marks = [_marked(chain, int(step), word) for step in starts.index]
     axes[-1].set_xticks([positions.index(at) for at in starts], marks, ha="left")
     axes[-1].set_xlabel("token of the chain, by step")
     draw_scale(figure, axes, limit, f"Δ logit difference\n({variant}, logits)")
@@ -103,12 +101,17 @@ def matrix_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Fi
         wide = cells[cells["reader"] == reader].pivot_table(index="row", columns="step", values="value")
         draw_map(axis, wide.reindex(index=range(1, n + 1), columns=range(n)).to_numpy(float), limit)
         axis.set(title=f"reader {drawable(reader)}", xlabel="step that cannot be seen")
-        label_ticks(axis, "x", [f"{'●' if step == chain.get('true_step') else ''}{step}" for step in range(n)], most=10)
+        label_ticks(axis, "x", [_marked(chain, step) for step in range(n)], most=10)
         axis.set_yticks([])
-    label_ticks(axes[0], "y", [*(f"step {step}" for step in range(1, n)), "answer"], most=40)
+    label_ticks(axes[0], "y", [*(f"step {step + 1}" for step in range(1, n)), "answer"], most=40)
     axes[0].set_ylabel("what cannot see it")
     draw_scale(figure, axes, limit, "probability lost\n(masked)")
     figure.suptitle(
         f"Problem {drawable(chain['problem_id'])}: attention between steps (● the answer's step)", fontsize=8.5
     )
     return figure
+
+
+def _marked(chain: dict[str, Any], step: int, word: str = "") -> str:
+    """A step's number for people, from 1 (records count from 0); a dot where the answer rests on it."""
+    return f"{'● ' if step == chain.get('true_step') else ''}{word}{step + 1}"

@@ -20,10 +20,10 @@ from typing import Annotated, Any
 
 import typer
 from playwright.sync_api import Browser, sync_playwright
-from tests.fake_run import write_fake_run
 
 from cotfaith_mech.records import RunDirectory
 from cotfaith_mech.report import build_report
+from tests.fake_run import write_fake_run
 
 
 def visit(browser: Browser, page_file: Path, chain: str) -> dict[str, float]:

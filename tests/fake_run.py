@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def _meta(reader: str, chain: dict[str, Any], hostile: str) -> dict[str, Any]:
             "answer": None,
         }
     )
-    tokens = [[word + " " for word in step.split(" ")][:-1] + [step.split(" ")[-1]] for step in steps]
+    tokens = [re.findall(r"\S* |\S+", step) for step in steps]
     answer = chain["answer"] + hostile
     return {"reader": reader, "chain_id": chain["chain_id"], "answer": answer, "edits": edits, "tokens": tokens}
 

@@ -266,8 +266,8 @@ def test_maps_of_heads_and_tokens_stand_where_their_records_say(run: RunDirector
     axis = tokens_figure(cells, chain, ["A"], variant).axes[0]
     assert axis.collections[0].get_array().size == len(set(cells["layer"])) * 28
     assert [label.get_text().lstrip("● ") for label in axis.get_xticklabels()] == [
-        "step 0",
         "step 1",
         "step 2",
         "step 3",
+        "step 4",
     ]

@@ -185,7 +185,7 @@ cotfaith.data.then((data) => {
 
   function editRow(edit, detail) {
     const row = element("tr");
-    row.append(element("td", edit.step === null ? "all" : edit.step, "n"), element("td", edit.seed ?? "–", "n"));
+    row.append(element("td", edit.step === null ? "all" : edit.step + 1, "n"), element("td", edit.seed ?? "–", "n"));
     const text = element("td", null, "edit");
     edit.steps.forEach((step, j) => text.append(element(step === detail.steps[j] ? "span" : "mark", step)));
     if (!edit.steps.length) text.append(element("span", "(no step)", "soft"));
@@ -203,7 +203,7 @@ cotfaith.data.then((data) => {
       const details = element("details"), summary = element("summary", `${name} `);
       summary.append(element("span", edits.length, "soft"));
       const scroll = element("div", null, "scroll"), table = element("table"), head = element("tr");
-      head.append(element("th", "step", "n"), element("th", "draw", "n"), element("th", "chain as read (changed steps underlined)"));
+      head.append(element("th", "from step", "n"), element("th", "draw", "n"), element("th", "chain as read (changed steps underlined)"));
       head.append(...data.readers.map((reader) => element("th", reader, "n")));
       table.append(head, ...edits.map((edit) => editRow(edit, detail)));
       scroll.append(table);
