@@ -56,10 +56,11 @@ class AttributionMaps:
 
 
 def measure_attribution(trunk: Trunk, problem: Problem, reader: str, *, full: bool = False) -> Measured:
-    """Records of `attribution`, per layer, head and step: weight, norm and direct contribution, with `full` those by
-    gradients too; and the errors of the sums.
+    """Records of `attribution`, per layer, head and step: weight (probability), norm (residual norm) and direct
+    contribution (logits), with `full` those by gradients too (logits); and the errors of the sums (logits).
 
-    The foil is the twin's answer, else the token the reader finds most likely beside a*'s (AnswerContrast.named).
+    The foil is the twin's answer, else the token the reader finds most likely beside a*'s (AnswerContrast.named). Norms
+    that are not root-mean-square are an exclusion. Sources of the kinds: the head of attribution.py.
     """
     measured, n_tokens = Measured(trunk.chain, reader), len(trunk.run.tokens)
     try:

@@ -34,7 +34,7 @@ def measure_behaviour(
     trunk: ChainReader,
     problem: Problem,
     reader: str,
-    plan: BehaviourPlan,
+    plan: BehaviourPlan | None = None,
     *,
     paraphrases: Paraphrases | None = None,
     donors: Sequence[Chain] = (),
@@ -42,8 +42,13 @@ def measure_behaviour(
 ) -> Measured:
     """All records of the behavioural tests of `reader` on the chain of `trunk`; edits are drawn from `seed`.
 
-    `paraphrases` are those of the chain that every reader gets; without them they are made by rules.
+    Early answering, mistakes, filler and paraphrase as in Lanham et al. (2307.13702); `plan` says which and how many
+    draws. Per edited chain, at its `step` and draw (`seed`): `tv` (total variation of the answer's distribution, 0 to
+    1), `same`, `correct`, `answered` (0 or 1), `p_answer`, `p_gold` (probability), `entropy` (nats). `donors` are
+    chains of other problems, for the swap. `paraphrases` are those of the chain that every reader gets; without them
+    they are made by rules. What could not be made is in `exclusions`.
     """
+    plan = plan or BehaviourPlan()
     measured = Measured(trunk.chain, reader)
     if paraphrases is None:
         paraphrases = by_rules(trunk.chain.steps, plan.draws, seed)

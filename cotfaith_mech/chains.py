@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from .errors import CotfaithError
+from .markup import chain_markup
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Chain:
 
     @property
     def text(self) -> str:
+        """All of it: what is encoded."""
         return self.prompt + "".join(self.steps) + self.cue + self.answer
 
     @property
@@ -70,12 +72,17 @@ class Chain:
         return replace(self, answer=answer)
 
     def to_json(self) -> dict[str, Any]:
+        """The fields, `chain_id` and `char_spans`: a line of chains.jsonl."""
         return {**asdict(self), "chain_id": self.chain_id, "char_spans": self.char_spans}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Chain:
+        """Inverse of `to_json`; keys that are no field are ignored."""
         fields = ("problem_id", "author", "prompt", "cue", "answer", "variant")
         return cls(**{name: row[name] for name in fields}, steps=tuple(row["steps"]))
+
+    def _repr_html_(self) -> str:
+        return chain_markup(self.prompt, self.steps, self.cue, self.answer)
 
 
 @dataclass(frozen=True)

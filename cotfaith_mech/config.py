@@ -158,6 +158,7 @@ class StudyConfig(_Strict):
 
     @property
     def patches(self) -> PatchPlan:
+        """What is patched, of the keys `patch_…`."""
         return PatchPlan(
             self.patch_layers,
             self.patch_directions,
@@ -205,6 +206,7 @@ def load_config(path: str | Path) -> StudyConfig:
 
 
 def parse_config(data: dict[str, Any]) -> StudyConfig:
+    """The study that `data` (a study file's content) describes; CotfaithError names each key that is wrong."""
     try:
         return StudyConfig.model_validate(data)
     except ValidationError as error:

@@ -64,10 +64,20 @@ def cut_edits(
 
 
 def measure_knockout(
-    trunk: Trunk, reader: str, plan: KnockoutPlan, *, contrast: AnswerContrast | None = None, seed: int = 0
+    trunk: Trunk,
+    reader: str,
+    plan: KnockoutPlan | None = None,
+    *,
+    contrast: AnswerContrast | None = None,
+    seed: int = 0,
 ) -> Measured:
-    """Records of `knockout`: what a* loses when edges are cut, in log-probability (nats) and probability, and where a
-    `contrast` with a foil is given in the logit difference to it."""
+    """Records of `knockout`: what a* loses when edges are cut (Geva et al. 2304.14767).
+
+    Per cut, at its `step`: `delta_logp` (nats), `delta_p` (probability), `same` (1: all of a* is still the argmax), and
+    with a `contrast` that has a foil `delta_logit_diff` (logits). Positive is a loss. NaN where no such edge exists
+    under a sliding window, or the prompt is too short for the control.
+    """
+    plan = plan or KnockoutPlan()
     measured, foil = Measured(trunk.chain, reader), contrast
     contrast = contrast or AnswerContrast.alone(trunk)
     for kind in plan.kinds:

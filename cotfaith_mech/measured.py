@@ -10,7 +10,7 @@ from .chains import Chain
 from .records import Record
 
 
-@dataclass
+@dataclass(repr=False)
 class Measured:
     """Collects the records of `reader` on `chain`; `exclusions` are reasons, one a line."""
 
@@ -37,3 +37,7 @@ class Measured:
             )
             for metric, value in values.items()
         ]
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.records)} records, {len(self.texts)} texts, {len(self.exclusions)} left out"
+        return f"Measured({self.reader} on {self.chain.problem_id}: {counts})"

@@ -8,8 +8,10 @@ Sources:
   filler     one step replaced by filler of equal length (for other parts of the chain: every step)
   other      another problem's chain, under its own question: its step j, or its last one
   mean       the mean over such chains
-A run of the last two has other tokens. Where two spans are equally long their activations go over token by token, else
-the mean over the source's span goes to every token: nothing is cut. Such a run cannot be restored, so it is no base.
+  cache      activations of these very tokens' positions from elsewhere, such as a TransformerLens ActivationCache
+A run of `other` or `mean` has other tokens. Where two spans are equally long their activations go over token by token,
+else the mean over the source's span goes to every token: nothing is cut. Such a run, or a cache, cannot be restored, so
+it is no base.
 All runs have a* forced after the cue. The logit difference is read at the first token where a* and the foil diverge,
 the foil being the twin's answer or the runner-up (AnswerContrast.named); beside it stand p(a*), its logarithm, KL(base
 || edited) of the next token there, and whether the source's own answer is said (the counterfactual target).
@@ -36,6 +38,7 @@ from . import edits
 from .chains import Chain, TokenSpans, token_spans
 from .contrast import AnswerContrast
 from .errors import CotfaithError
+from .interop import CacheSource, NamedActivations
 from .measured import Measured
 from .model import CachedRun
 from .problems import Problem
@@ -97,17 +100,24 @@ def measure_patching(
     trunk: Trunk,
     problem: Problem,
     reader: str,
-    plan: PatchPlan,
+    plan: PatchPlan | None = None,
     *,
     donors: Sequence[Chain] = (),
+    cache: NamedActivations | None = None,
     controls: bool = True,
     seed: int = 0,
 ) -> Measured:
     """Records of `patching` and its `controls`; what cannot be made of `plan` on this chain is an exclusion.
 
-    `donors` are chains of other problems, for the sources `other` (the first one) and `mean` (all).
-    Raises CotfaithError for layers the model does not have.
+    Per cell, at its `layer` and `step` (`head`, `position`): `logit_diff` of the edited run (logits), `p_answer`
+    (probability), `logp_answer` and `kl` (nats), `says_source` (0 or 1); without a layer `logit_diff_base` and
+    `logit_diff_source`, what the two runs say unedited. How to read them: 2404.15255.
+
+    `donors` are chains of other problems, for the sources `other` (the first one) and `mean` (all). With a `cache`,
+    which `run_with_cache` of TransformerLens gave on as many tokens, noise is patched from it and no other source.
+    Raises CotfaithError for layers the model does not have and a cache that does not fit.
     """
+    plan = plan or PatchPlan()
     measured, n_layers = Measured(trunk.chain, reader), trunk.model.info.n_layers
     if absent := [layer for layer in plan.layers or () if not 0 <= layer < n_layers]:
         raise CotfaithError(f"Layers {absent} do not exist: {trunk.model.info.name!r} has 0 to {n_layers - 1}.")
@@ -116,14 +126,19 @@ def measure_patching(
     except CotfaithError as error:
         measured.exclusions.append(f"patching: {error}")
         return measured
-    for source in plan.sources or (("twin",) if problem.twin_steps else ("filler",)):
-        for other in _others(trunk, problem, source, plan, donors, measured):
-            parts = list(_parts(plan, trunk.spans, other, measured))
-            for direction in plan.directions:
-                if parts and (direction == "noise" or other.restores):
-                    _patch(_Patch(trunk, contrast, plan, direction, other, problem.twin_answer), parts, measured)
-            if controls:
-                _norm_matched(measured, trunk, contrast, plan, other, seed)
+    if cache is None:
+        others = _all_others(trunk, problem, plan, donors, measured)
+    else:
+        others = [_Other("cache", (CacheSource(cache, len(trunk.run.tokens)),), (trunk.spans,))]
+        if "denoise" in plan.directions:
+            measured.exclusions.append("denoising from cache: a cache is no run that could be restored; noise alone")
+    for other in others:
+        parts = list(_parts(plan, trunk.spans, other, measured))
+        for direction in plan.directions:
+            if parts and (direction == "noise" or other.restores):
+                _patch(_Patch(trunk, contrast, plan, direction, other, problem.twin_answer), parts, measured)
+        if controls:
+            _norm_matched(measured, trunk, contrast, plan, other, seed)
     if controls:
         _controls(measured, trunk, contrast, problem, plan, seed)
     return measured
@@ -133,15 +148,33 @@ def measure_patching(
 class _Other:
     """The other runs of a patch, with the spans of each; several where their mean is the source.
 
-    `step`: the one in which alone it differs from the chain (None: more). `restores`: it has the chain's tokens but for
-    those altered, so that it can be a base run too.
+    `step`: the one in which alone it differs from the chain (None: more). `aligned`: its positions are the chain's.
     """
 
-    source: Source
-    runs: tuple[CachedRun, ...]
+    source: Source | Literal["cache"]
+    runs: tuple[CachedRun | CacheSource, ...]
     spans: tuple[TokenSpans, ...]
     step: int | None = None
-    restores: bool = True
+    aligned: bool = True
+
+    @property
+    def restores(self) -> bool:
+        """Whether it can be a base run too."""
+        return self.aligned and self.source != "cache"
+
+    @property
+    def run(self) -> CachedRun:
+        """The one run of an other that restores."""
+        (run,) = self.runs
+        assert not isinstance(run, CacheSource)
+        return run
+
+
+def _all_others(
+    trunk: Trunk, problem: Problem, plan: PatchPlan, donors: Sequence[Chain], measured: Measured
+) -> Iterator[_Other]:
+    for source in plan.sources or (("twin",) if problem.twin_steps else ("filler",)):
+        yield from _others(trunk, problem, source, plan, donors, measured)
 
 
 def _others(
@@ -224,7 +257,7 @@ def _parts(plan: PatchPlan, own: TokenSpans, other: _Other, measured: Measured) 
             for j in steps if other.source != "filler" or other.step is not None else ():
                 taken = tuple(spans.steps[min(j, len(spans.steps) - 1)] for spans in other.spans)
                 yield from _step_parts(name, j, own.steps[j], taken)
-            if name == "token" and other.source == "twin":
+            if name == "token" and other.source in ("twin", "cache"):
                 yield from (_Part(name, (at, at + 1), ((at, at + 1),), {"position": at}) for at in range(*own.cue))
             elif name == "token" and other.step in (None, 0):
                 why = f"patching from {other.source}: of single tokens those of the steps alone, not the cue's"
@@ -234,8 +267,8 @@ def _parts(plan: PatchPlan, own: TokenSpans, other: _Other, measured: Measured) 
             continue
         if match := _RANGE.fullmatch(name):
             span, taken = (int(match[1]), int(match[2])), ((int(match[1]), int(match[2])),)
-            inside = other.restores and span[1] <= own.answer[1]
-            why = f"the chain's tokens are 0:{own.answer[1]}" if other.restores else "it has other tokens"
+            inside = other.aligned and span[1] <= own.answer[1]
+            why = f"the chain's tokens are 0:{own.answer[1]}" if other.aligned else "it has other tokens"
         else:
             span, taken = _named(own, name), tuple(_named(spans, name) for spans in other.spans)
             inside, why = all(first < end for first, end in (span, *taken)), "there it has no tokens"
@@ -271,11 +304,10 @@ class _Patch:
 
     @property
     def base(self) -> CachedRun:
-        (other,) = self.other.runs if self.direction == "denoise" else (self.trunk.run,)
-        return other
+        return self.other.run if self.direction == "denoise" else self.trunk.run
 
     @property
-    def given(self) -> tuple[CachedRun, ...]:
+    def given(self) -> tuple[CachedRun | CacheSource, ...]:
         """The source's runs."""
         return self.other.runs if self.direction == "noise" else (self.trunk.run,)
 
@@ -301,7 +333,7 @@ class _Patch:
 
 def _patch(patch: _Patch, parts: Sequence[_Part], measured: Measured) -> None:
     for kind in patch.plan.kinds:
-        if kind == "pattern" and not patch.other.restores:
+        if kind == "pattern" and not patch.other.aligned:
             reason = f"patching from {patch.other.source} at pattern: its run has other keys; patch z instead"
             measured.exclusions.append(reason)
             continue
@@ -325,7 +357,7 @@ def _patch_kind(patch: _Patch, kind: SiteKind, parts: Sequence[_Part], measured:
         measured.add("patching", variant, _values(patch, row), len(base.tokens), **where)
     references = {"base": own}
     if patch.other.restores:
-        (source,) = patch.given
+        source = patch.other.run if patch.direction == "noise" else patch.trunk.run
         references["source"] = source.logits(contrast.n_logits)
     where = {} if patch.other.step is None else {"step": patch.other.step}
     for variant in dict.fromkeys(variant for variant, _ in coordinates):

@@ -25,7 +25,8 @@ from .answers import is_whole, same_answer, uncut_answer
 from .chains import Chain, TokenSpans, token_spans
 from .errors import CotfaithError
 from .model import Branch, CachedRun, Ids, Model, TextReader
-from .problems import AnswerKind
+from .problems import AnswerKind, Problem
+from .sampling import supplied_chain
 
 MIN_LABEL_MASS = 0.5
 """Least probability on the choice labels after the complete chain; below it their ratio is no answer."""
@@ -82,7 +83,11 @@ class ChainReader(Protocol):
 
 @dataclass(frozen=True)
 class Trunk:
-    """A chain that a reader has run once, with the reader's own answer a* forced after the cue."""
+    """A chain that a reader has run once, with the reader's own answer a* forced after the cue.
+
+    Made by `of_problem`. `chain.answer` is a* (`' 22'`), `spans` the token spans of prompt, steps, cue and answer,
+    `run` the cached run whose activations are patched and whose edges are cut.
+    """
 
     model: Model
     chain: Chain
@@ -90,6 +95,20 @@ class Trunk:
     labels: tuple[str, ...]
     spans: TokenSpans
     run: CachedRun
+
+    @classmethod
+    def of_problem(cls, model: Model, problem: Problem, chain: Chain | None = None) -> Trunk:
+        """Let `model` read `chain`, by default the problem's own worked one, and answer the problem.
+
+        Raises CotfaithError when there is no chain, and when the reader gives no answer of the problem's kind.
+        """
+        if chain is None and not problem.steps:
+            raise CotfaithError(
+                f"Problem {problem.problem_id!r} comes without worked steps; give a chain, "
+                "as sampling.write_chains lets a model write it."
+            )
+        chain = chain or supplied_chain(model, problem)
+        return cls.of(model, chain, problem.kind, problem.labels, problem.gold)
 
     @classmethod
     def of(

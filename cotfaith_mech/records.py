@@ -68,6 +68,20 @@ MEASURES = (
     "control",
 )
 
+_OF_UNIT = {
+    "probability": "p_answer p_answer_se p_answer_base p_answer_source p_gold p_implied p_chain p_question p_other "
+    "p_first label_mass delta_p weight tv cmi d_chain d_control y_qc y_qc' y_q'c y_q'c' pnie tnie pnde tnde te "
+    "interaction",
+    "nats": "logp_answer delta_logp entropy entropy_first kl",
+    "logits": "logit_diff logit_diff_base logit_diff_source delta_logit_diff contribution remainder completeness_error "
+    "estimate screen exact_top exact_random",
+    "0 or 1": "correct same answered says_source says_implied says_chain says_question is_top",
+    "residual norm": "norm",
+    "largest of all metrics": "max_abs_diff",
+}
+UNITS = {metric: unit for unit, metrics in _OF_UNIT.items() for metric in metrics.split()}
+"""Unit of each metric; total variation and the mediation index, 0 to 1, count as probabilities."""
+
 WITHOUT_ANSWER_STEPS = "without_answer_steps"
 """Ends the variant of a test that was run on the chain without the steps that state the answer."""
 
@@ -118,6 +132,18 @@ class Record:
             raise CotfaithError(f"Unknown measure {self.measure!r}; use one of {', '.join(MEASURES)}.")
 
 
+def arrow_table(records: Iterable[Record]) -> pa.Table:
+    """The long table of `records`, of SCHEMA."""
+    columns = list(zip(*map(astuple, records), strict=True)) or [()] * len(COLUMNS)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def as_frame(table: pa.Table) -> pd.DataFrame:
+    """A table of SCHEMA in pandas; integers that may be null are Int64."""
+    return table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+
+
 def unit_id(reader_identity: Any, chain_id: str, plan: Any) -> str:
     """Content hash naming one unit of work; `reader_identity` and `plan` are any JSON-like values."""
     content = json.dumps(_plain([reader_identity, chain_id, plan]), sort_keys=True, allow_nan=False)
@@ -140,17 +166,20 @@ class RunDirectory:
     def create(cls, path: str | Path, config: Mapping[str, Any]) -> RunDirectory:
         """Begin a run of `config` in `path`, or resume it there.
 
-        Raises CotfaithError naming the first differing key when the folder holds a run of another config, and when
-        the folder holds other things or cannot be written.
+        A run that got no further than its manifest (a mistyped name, say) is begun anew. Raises CotfaithError naming
+        the first differing key when the folder holds a run of another config, and when the folder holds other things
+        or cannot be written.
         """
         path = Path(path)
+        there = [entry.name for entry in path.iterdir() if not entry.name.endswith(".tmp")] if path.is_dir() else []
         if (path / "manifest.json").is_file():
             run = cls(path)
             difference = _differing_key(run.read_manifest().get("config"), _plain(config))
-            if difference is not None:
+            if difference is None:
+                return run
+            if there != ["manifest.json"]:
                 raise CotfaithError(f"{path} holds a run of another config: {difference}; choose a new output folder.")
-            return run
-        if path.is_dir() and any(not entry.name.endswith(".tmp") for entry in path.iterdir()):
+        elif there:
             raise CotfaithError(f"{path} holds files but no run; choose a new or empty output folder.")
         _write_json(path / "manifest.json", {"config": config})
         return cls(path)
@@ -167,6 +196,7 @@ class RunDirectory:
         return folder
 
     def has_unit(self, unit: str) -> bool:
+        """Whether the unit is finished."""
         return self._unit(unit).is_file()
 
     def _unit(self, unit: str) -> Path:
@@ -175,9 +205,7 @@ class RunDirectory:
     def write_unit(self, unit: str, records: Iterable[Record], meta: Mapping[str, Any]) -> None:
         """Write one finished unit in one move; `meta` (JSON-like) travels in the file's schema metadata."""
         encoded = json.dumps(_plain({"unit": unit, **meta}), allow_nan=False).encode()
-        columns = list(zip(*map(astuple, records), strict=True)) or [()] * len(COLUMNS)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-        table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({_META_KEY: encoded}))
+        table = arrow_table(records).replace_schema_metadata({_META_KEY: encoded})
         _write_atomically(self._unit(unit), lambda file: pq.write_table(table, file))
 
     def _units(self) -> list[Path]:
@@ -186,8 +214,7 @@ class RunDirectory:
     def read_records(self) -> pd.DataFrame:
         """The long table of all finished units, columns COLUMNS; integers that may be null are Int64."""
         tables = [_read_parquet(path, SCHEMA).replace_schema_metadata(None) for path in self._units()]
-        table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-        return table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+        return as_frame(pa.concat_tables(tables) if tables else SCHEMA.empty_table())
 
     def read_unit_meta(self) -> list[dict[str, Any]]:
         """The JSON object each unit was written with, in the order of `read_records`."""
@@ -219,6 +246,7 @@ class RunDirectory:
         _write_jsonl(self.path / "chains.jsonl", rows)
 
     def read_chains(self) -> list[dict[str, Any]]:
+        """What `write_chains` wrote; `Chain.from_json` makes a Chain of a row."""
         return _read_jsonl(self.path / "chains.jsonl")
 
     def add_exclusion(
@@ -231,6 +259,7 @@ class RunDirectory:
             _write_jsonl(self.path / "exclusions.jsonl", [*rows, row])
 
     def read_exclusions(self) -> list[dict[str, Any]]:
+        """What was left out: `problem_id chain_id reader stage reason` a row; empty where nothing was."""
         path = self.path / "exclusions.jsonl"
         return _read_jsonl(path) if path.is_file() else []
 
@@ -243,6 +272,7 @@ class RunDirectory:
         _write_atomically(self.path / "estimates.parquet", lambda file: pq.write_table(table, file))
 
     def read_estimates(self) -> list[Estimate]:
+        """Every Estimate of the run, in the order written; CotfaithError where none was written yet."""
         rows = _read_parquet(self.path / "estimates.parquet", _ESTIMATES).to_pylist()
         for row in rows:
             row["method"], _, row["note"] = row["method"].partition("; ")
@@ -267,6 +297,7 @@ class RunDirectory:
         self.write_manifest(manifest | {"pinned": pinned | {name: value}})
 
     def read_manifest(self) -> dict[str, Any]:
+        """Config, models with weight hashes, versions, seeds, device, checks; CotfaithError where it is not whole."""
         try:
             return json.loads(self._manifest.read_text("utf-8"))
         except ValueError as error:

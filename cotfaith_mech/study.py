@@ -269,6 +269,10 @@ class _Unit:
     chain: Chain
     paraphrases: Paraphrases
 
+    @property
+    def problem_id(self) -> str:
+        return self.chain.problem_id
+
 
 def _units(
     config: StudyConfig, reader: ReaderConfig, model: TextReader, problems: Sequence[Problem], run: RunDirectory
@@ -431,13 +435,21 @@ def _where(record: Record) -> str:
 
 
 def _meta(unit: str, reader: str, trunk: ChainReader, measured: Measured) -> dict[str, Any]:
+    from .reading import Trunk
+
     return {
         "unit": unit,
         "reader": reader,
         "chain_id": trunk.chain.chain_id,
         "answer": trunk.chain.answer.strip(),
         "edits": measured.texts,
+        "tokens": _step_tokens(trunk) if isinstance(trunk, Trunk) else None,
     }
+
+
+def _step_tokens(trunk: Trunk) -> list[list[str]]:
+    """The text of each token of each step, as the reader's tokenizer splits it."""
+    return [[trunk.model.decode([token]) for token in trunk.run.tokens[start:end]] for start, end in trunk.spans.steps]
 
 
 def _exclude(run: RunDirectory, chain: Chain, reader: str, stage: str, reason: str) -> None:

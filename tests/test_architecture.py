@@ -12,25 +12,27 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cotfaith_mech"
 
 ORDER = [
-    "errors",
+    "errors interrupts markup",
     "problems chains sites metrics stats answers certificate",
     "arithmetic organisms calculations paraphrase records formats",
-    "edits datasets_io inspect_logs model",
+    "edits datasets_io inspect_logs model interop",
     "paraphrasers backends measured sampling reading",
     "variants endpoint",
     "behaviour contrast trace",
     "patching knockout mediation crossmodel",
     "config attribution attribution_patching crosscheck outcomes bench bench_cells bench_patching doctor",
-    "arms",
+    "arms tables",
     "compare bridge",
     "merge",
-    "views figure_style chain_figures figures",
+    "views figure_style chain_figures figures notebook",
     "merged_figures",
     "report",
     "conclude",
-    "authoring",
+    "authoring progress",
     "study",
-    "validation",
+    "validation plan",
+    "summary",
+    "options execute",
     "cli",
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
@@ -62,6 +64,9 @@ NO_TORCH = [
     "chain_figures",
     "figures",
     "report",
+    "markup",
+    "tables",
+    "notebook",
 ]
 LIBRARIES = {"transformers", "transformer_lens", "nnsight", "peft"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

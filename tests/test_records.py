@@ -113,7 +113,13 @@ def test_not_a_run_directory(tmp_path):
         RunDirectory(tmp_path)
 
 
+def test_a_run_that_never_began_makes_way_for_another(run):
+    RunDirectory.create(run.path, {"seed": 8})
+    assert run.read_manifest() == {"config": {"seed": 8}}
+
+
 def test_another_config_is_refused_by_key(run):
+    run.write_unit("u", [record()], {})
     RunDirectory.create(run.path, json.loads(json.dumps(CONFIG)))
     other = {**CONFIG, "tests": {"paraphrase": {"draws": 7}}}
     with pytest.raises(CotfaithError, match=r"tests\.paraphrase\.draws is 5 there, 7 here"):

@@ -1,0 +1,56 @@
+"""A study run or planned as the command line asks: bars or none, and what is printed in the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from .interrupts import resumable
+from .progress import shown
+
+if TYPE_CHECKING:
+    from .config import StudyConfig
+
+
+def execute(config: StudyConfig, out: Path, dry_run: bool, quiet: bool, as_json: bool) -> None:
+    """Run `config` in the run directory `out`, or with `dry_run` print what that would take."""
+    if dry_run:
+        show_plan(config, out, quiet, as_json)
+        return
+    from .study import run_study
+
+    with shown(quiet or as_json) as progress, resumable(out):
+        run = run_study(config, out, progress)
+    if as_json:
+        manifest = run.read_manifest()
+        summary = {key: manifest.get(key) for key in ("counts", "checks", "conclusion", "timings")}
+        estimates = [vars(estimate) for estimate in run.read_estimates()]
+        typer.echo(json.dumps({"run": str(run.path), **summary, "estimates": estimates}, default=str))
+    elif quiet:
+        typer.echo(run.path / "report.html")
+    else:
+        from rich.console import Console
+
+        from .summary import print_summary
+
+        print_summary(Console(), run)
+
+
+def show_plan(config: StudyConfig, out: Path, quiet: bool, as_json: bool, *, measure: bool = True) -> None:
+    """Print what `config` would take in `out`; without `measure` chains alone are written."""
+    from .plan import plan_study
+
+    with shown(quiet or as_json) as progress:
+        plan = plan_study(config, out, measure=measure, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(asdict(plan)))
+    elif not quiet:
+        from rich.console import Console
+
+        from .summary import print_plan
+
+        print_plan(Console(), plan)

