@@ -128,6 +128,7 @@ def test_a_run_directory_of_another_config(cotfaith: Cotfaith, tmp_path: Path, d
     study = write_tiny_study(tmp_path, 1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text(json.dumps({"config": {**STUDY, "draws": 3}}))
+    (tmp_path / "run" / "chains.jsonl").touch()
     refused(cotfaith("study", str(study), "-o", "run", *dry), "run holds a run of another config", "new output folder")
 
 
