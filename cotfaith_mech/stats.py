@@ -212,8 +212,18 @@ def adjusted(p_values: Sequence[float], method: Literal["holm", "fdr_bh"]) -> Fl
     if not len(p):
         return p
     known = np.isfinite(p)
-    corrected = np.asarray(multipletests(np.where(known, p, 1.0), method=method)[1])
+    filled = np.where(known, p, 1.0)
+    corrected = _holm(filled) if method == "holm" else np.asarray(multipletests(filled, method=method)[1])
     return np.where(known, corrected, np.nan)
+
+
+def _holm(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
+    """As statsmodels' `multipletests`, which collects garbage at each call: a tenth of a second in a full process."""
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(stepped, 1.0)
+    return corrected
 
 
 def clusters(labels: Sequence[Hashable]) -> list[Int[np.ndarray, " row"]]:

@@ -210,3 +210,10 @@ def test_within_chain_permutation_keeps_each_chains_values(rng):
     assert p == 1
     p = stats.within_chain_p(values[::-1].copy(), chains[::-1].copy(), lambda v: float(v[0] == 3), rng, 1999)
     assert p == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_holm_is_that_of_statsmodels() -> None:
+    rng = np.random.default_rng(3)
+    for n in (1, 2, 7, 40):
+        p = rng.choice([0.0, 1e-9, 0.004, 0.02, 0.02, 0.3, 1.0], n) * rng.choice([1.0, 0.5], n)
+        np.testing.assert_allclose(stats.adjusted(p.tolist(), "holm"), multipletests(p, method="holm")[1], rtol=1e-12)
