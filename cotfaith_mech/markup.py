@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def _plain(text: str) -> str:
     return html.escape(text.encode("utf-8", "replace").decode())
 
 
-def limit_of(values: Sequence[float]) -> float:
+def limit_of(values: Iterable[float]) -> float:
     """Largest size of a value; 1 where none is finite or all are 0."""
     return max((abs(value) for value in values if math.isfinite(value)), default=0) or 1.0
 

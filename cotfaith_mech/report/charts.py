@@ -19,6 +19,7 @@ from jaxtyping import Float
 from .. import views
 from ..figure_style import READER_COLOURS
 from ..figures import CONFLICT_COLOURS, CONFLICT_LABELS, CURVE_LABELS, CURVE_Y
+from ..markup import limit_of
 from ..outcomes import Table
 from ..stats import Estimate
 
@@ -195,12 +196,6 @@ def heatmap(
     y_axis = {"tickvals": ticks, "ticktext": [y[i] for i in ticks], "title": {"text": axes[1]}, "showgrid": False}
     x_axis = {"type": "category", "title": {"text": axes[0]}, "showgrid": False, "nticks": 12, "tickangle": 0}
     return _chart(title, [trace], 84 + row_height * len(y), xaxis=x_axis, yaxis={**y_axis, "zeroline": False})
-
-
-def limit_of(values: Iterable[float]) -> float:
-    """Largest finite absolute value, 1 where there is none: the colour scale's end."""
-    finite = [abs(float(value)) for value in values if not pd.isna(value)]
-    return max(finite, default=0.0) or 1.0
 
 
 def patching_charts(cells: Table, gaps: Table, readers: Sequence[str]) -> dict[str, Any]:
