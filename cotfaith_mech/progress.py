@@ -55,7 +55,9 @@ def name_of(item: Any) -> str:
         return name_of(item[-1])
     if isinstance(item, Mapping):
         return str(item.get("problem_id", ""))
-    return str(getattr(item, "problem_id", getattr(item, "__name__", ""))).replace("_", " ").strip()
+    if (problem_id := getattr(item, "problem_id", None)) is not None:
+        return str(problem_id)
+    return str(getattr(item, "__name__", "")).replace("_", " ").strip()
 
 
 @contextmanager

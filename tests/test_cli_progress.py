@@ -123,3 +123,12 @@ def test_a_terminal_gets_a_bar_with_the_problem_which_is_gone_in_the_end() -> No
     assert max(map(len, frames)) <= 80
     assert any(re.search(r"[12]/4 .* [01] s left +problem-[23]", frame) for frame in frames), frames
     assert raw.rstrip().endswith(b"\x1b[2Kdone") or text.rstrip().endswith("done")
+
+
+def test_a_problem_is_named_as_it_is_and_a_stage_in_words() -> None:
+    class Unit:
+        problem_id = "gsm8k_test_a-460"
+
+    assert name_of(Unit()) == "gsm8k_test_a-460"
+    assert name_of(Pace.advance) == "advance"
+    assert name_of(name_of) == "name of"
