@@ -7,7 +7,10 @@ What a problem brings that rests on its own chain (twin, true step, conflicts) h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -59,9 +62,14 @@ def see_to_chains(
     missing = missing_of(author, problems, run)
     rows = {(row["problem_id"], row["author"]): row for row in run.read_chains()} if _begun(run) else {}
     order = {problem.problem_id: place for place, problem in enumerate(problems)}
+    left_out: list[dict[str, Any]] = []
 
     def save() -> None:
+        run.add_exclusions(left_out)
         run.write_chains(sorted(rows.values(), key=lambda row: order.get(row["problem_id"], -1)))
+
+    def leave_out(problem: Problem, name: str, reason: str) -> None:
+        left_out.append({"problem_id": problem.problem_id, "reader": name, "stage": "chain", "reason": reason})
 
     if author == SUPPLIED:
         for problem in missing:
@@ -69,19 +77,41 @@ def see_to_chains(
                 chain = supplied_chain(model, problem)
                 rows[problem.problem_id, problem.author] = chain_row(problem, chain)
             else:
-                reason = "the problem comes without a chain; use --generate, or chains: generate"
-                run.add_exclusion(problem_id=problem.problem_id, reader=problem.author, stage="chain", reason=reason)
+                leave_out(
+                    problem, problem.author, "the problem comes without a chain; use --generate, or chains: generate"
+                )
     elif missing:
         options = config.generation.model_dump(exclude={"few_shot"})
         done = {problem.problem_id for problem in problems} - {problem.problem_id for problem in missing}
         written = write_chains(model, problems, author, done=done, seed=config.seed, **options)
-        for problem, (_, chain, reason) in zip(progress(missing, f"{author} writes chains"), written, strict=True):
-            if chain is None:
-                run.add_exclusion(problem_id=problem.problem_id, reader=author, stage="chain", reason=reason)
-            else:
-                rows[problem.problem_id, author] = chain_row(problem_for(problem, author), chain)
-                save()
+        with _saving(save) as now_and_then:
+            for problem, (_, chain, reason) in zip(progress(missing, f"{author} writes chains"), written, strict=True):
+                if chain is None:
+                    leave_out(problem, author, reason)
+                else:
+                    rows[problem.problem_id, author] = chain_row(problem_for(problem, author), chain)
+                now_and_then()
     save()
+
+
+@contextmanager
+def _saving(save: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """What to call after each piece of work: it saves as often as a tenth of the time allows. All is saved in the end,
+    whatever ends it; after a kill, what was not saved is made again, the same."""
+    ended, cost = -math.inf, 0.0
+
+    def now_and_then() -> None:
+        nonlocal ended, cost
+        started = time.monotonic()
+        if started - ended >= 9 * cost:
+            save()
+            ended = time.monotonic()
+            cost = ended - started
+
+    try:
+        yield now_and_then
+    finally:
+        save()
 
 
 def _begun(run: RunDirectory) -> bool:
@@ -113,17 +143,23 @@ def see_to_paraphrases(
         return
     author = load(config.paraphraser, "paraphraser") if isinstance(config.paraphraser, ReaderConfig) else None
     by_id = {problem.problem_id: problem for problem in problems}
-    for row in progress(missing, "paraphrase chains"):
-        seed = int(row["chain_id"][:8], 16) ^ config.seed
-        if author is not None:
-            row["paraphrases"] = by_model(author, row["steps"], config.draws, seed).to_json()
-            run.write_chains(rows)
-        elif config.paraphraser == "rules":
-            row["paraphrases"] = by_rules(row["steps"], config.draws, seed).to_json()
-        else:
-            problem = problem_for(by_id[row["problem_id"]], row["author"])
-            row["paraphrases"] = supplied(row["steps"], problem.paraphrases).to_json()
-            if not row["paraphrases"]["draws"]:
-                reason = "paraphraser: supplied, but the problem comes with none; add `paraphrases` to its row"
-                run.add_exclusion(problem_id=row["problem_id"], stage="paraphrase", reason=reason)
-    run.write_chains(rows)
+    without: list[dict[str, Any]] = []
+
+    def save() -> None:
+        run.add_exclusions(without)
+        run.write_chains(rows)
+
+    with _saving(save) as now_and_then:
+        for row in progress(missing, "paraphrase chains"):
+            seed = int(row["chain_id"][:8], 16) ^ config.seed
+            if author is not None:
+                row["paraphrases"] = by_model(author, row["steps"], config.draws, seed).to_json()
+                now_and_then()
+            elif config.paraphraser == "rules":
+                row["paraphrases"] = by_rules(row["steps"], config.draws, seed).to_json()
+            else:
+                problem = problem_for(by_id[row["problem_id"]], row["author"])
+                row["paraphrases"] = supplied(row["steps"], problem.paraphrases).to_json()
+                if not row["paraphrases"]["draws"]:
+                    reason = "paraphraser: supplied, but the problem comes with none; add `paraphrases` to its row"
+                    without.append({"problem_id": row["problem_id"], "stage": "paraphrase", "reason": reason})

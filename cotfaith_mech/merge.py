@@ -35,6 +35,11 @@ class Merged:
     estimate: Estimate
     seeds: Mapping[str, float]
 
+    @property
+    def alike(self) -> bool:
+        """Several seeds of one value: their variance, and so an interval over seeds, cannot be told."""
+        return len(self.seeds) > 1 and bool(np.ptp(list(self.seeds.values())) < 1e-9)
+
 
 def group_of(labels: Mapping[str, Any]) -> str:
     """The labels without the training seed, as text."""

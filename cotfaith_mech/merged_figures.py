@@ -25,26 +25,31 @@ DIFFERENCE = "tuned minus base, 95% interval: t over training seeds; of one seed
 LEVEL = "level of each run, 95% interval"
 
 
-def seeds_figure(rows: Sequence[Merged], groups: Sequence[str], label: str = DIFFERENCE) -> Figure:
+def seeds_figure(
+    rows: Sequence[Merged], groups: Sequence[str], label: str = DIFFERENCE, base: str | None = None
+) -> Figure:
     """Differences to the base (or levels, of runs without one), grouped by endpoint: mean over training seeds with its
-    interval, each seed a dot."""
+    interval, each seed a dot. Colours are those of figures that show `base` before the groups."""
+    colours = [*([base] if base else []), *groups]
     names = list(dict.fromkeys((row.estimate.name, row.estimate.arm) for row in rows))
     arms = {arm for _, arm in names}
     height = len(groups) + 0.7
     figure = Figure(figsize=(PAPER_WIDTH, 0.9 + 0.17 * len(names) * height))
     axis = figure.subplots()
     for row in rows:
-        estimate, colour = row.estimate, colour_of(list(groups), row.group)
+        estimate, colour = row.estimate, colour_of(colours, row.group)
         y = names.index((estimate.name, estimate.arm)) * height + groups.index(row.group)
         seeds = np.array(list(row.seeds.values()))
         axis.scatter(seeds, np.full(len(seeds), y), s=9, color=colour, alpha=0.45, linewidths=0)
         axis.plot([estimate.ci_low, estimate.ci_high], [y, y], color=colour)
-        axis.plot(estimate.value, y, marker=marker_of(list(groups), row.group), color=colour, markersize=4.5)
+        axis.plot(estimate.value, y, marker=marker_of(colours, row.group), color=colour, markersize=4.5)
         interval = f"{estimate.value:+.2f} [{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}]"
         text = f"{interval}  {len(seeds)} seed{'s'[: len(seeds) - 1]}"
+        if row.alike:
+            text = f"{estimate.value:+.2f} in each of {len(seeds)} seeds"
         axis.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
     for group in groups:
-        axis.plot([], [], color=colour_of(list(groups), group), marker=marker_of(list(groups), group), label=group)
+        axis.plot([], [], color=colour_of(colours, group), marker=marker_of(colours, group), label=group)
     axis.axvline(0, color="#555555", linewidth=0.8, zorder=0)
     centres = [i * height + (len(groups) - 1) / 2 for i in range(len(names))]
     labels = [name.split(" | ")[0] + (f" ({arm})" if len(arms) > 1 else "") for name, arm in names]

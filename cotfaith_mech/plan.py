@@ -35,7 +35,8 @@ from .paraphrasers import by_model
 from .problems import Problem
 from .reading import ChainReader, Trunk
 from .records import Record, RunDirectory, unit_id
-from .study import _begin, _donors, _measure, _Unit, _units
+from .study import begin
+from .units import Unit, donors_of, measured_of, units_of
 
 SAMPLED = 4
 SHARE = 0.8
@@ -97,7 +98,7 @@ def plan_study(config: StudyConfig, out: Path, *, measure: bool = True, progress
             if (out / name).is_file():
                 shutil.copy(out / name, scratch)
         try:
-            run, problems, _ = _begin(config, scratch)
+            run, problems, _ = begin(config, scratch)
         except CotfaithError as error:
             raise CotfaithError(str(error).replace(scratch, str(out))) from error
         planner = _Planner(config, run, problems, on_disk)
@@ -176,7 +177,7 @@ class _Planner:
 
     def measure(self, reader: ReaderConfig) -> None:
         model = self.load(reader)
-        units = _units(self.config, reader, model, self.problems, self.run)
+        units = units_of(self.config, reader, model, self.problems, self.run)
         open_ = [number for number, unit in enumerate(units) if not self.is_done(unit.name)]
         records: Counter[str] = Counter()
         chosen = self.sample(open_)
@@ -189,7 +190,7 @@ class _Planner:
         self.add(f"reader {reader.name}", model, len(units), len(units) - len(open_), records, scale, fixed)
 
     def records_of(
-        self, reader: ReaderConfig, model: CountedModel | CountedEndpoint, units: Sequence[_Unit], number: int
+        self, reader: ReaderConfig, model: CountedModel | CountedEndpoint, units: Sequence[Unit], number: int
     ) -> list[Record]:
         """What the unit measures where the reader gives the gold answer."""
         unit = units[number]
@@ -202,7 +203,7 @@ class _Planner:
                 model.tally.rows["requests"] += 1
             else:
                 trunk = Trunk.of(model, chain, kind, labels)
-            return _measure(self.config, reader, trunk, unit, _donors(units, number))[0].records
+            return measured_of(self.config, reader, trunk, unit, donors_of(units, number))[0].records
         except CotfaithError:
             return []
 

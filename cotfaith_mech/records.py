@@ -102,6 +102,9 @@ _ESTIMATES = pa.schema(
 )
 _META_KEY = b"cotfaith"
 _KEPT_META = "units.json.gz"
+_EXCLUDED = ("problem_id", "chain_id", "reader", "stage", "reason")
+_EXCLUSIONS = "exclusions"
+_LEFT_OUT = "left_out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +205,27 @@ class RunDirectory:
     def _unit(self, unit: str) -> Path:
         return self.path / "records" / f"{unit}.parquet"
 
-    def write_unit(self, unit: str, records: Iterable[Record], meta: Mapping[str, Any]) -> None:
-        """Write one finished unit in one move; `meta` (JSON-like) travels in the file's schema metadata."""
-        encoded = json.dumps(_plain({"unit": unit, **meta}), allow_nan=False).encode()
+    def n_units(self) -> int:
+        """How many units are finished, those that were left out among them."""
+        return len(self._units())
+
+    def write_unit(
+        self,
+        unit: str,
+        records: Iterable[Record],
+        meta: Mapping[str, Any],
+        exclusions: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Write one finished unit in one move; `meta` (JSON-like) and what was left out of it, rows as of
+        `read_exclusions`, travel in the file's schema metadata."""
+        content = {"unit": unit, **meta} | ({_EXCLUSIONS: list(exclusions)} if exclusions else {})
+        encoded = json.dumps(_plain(content), allow_nan=False).encode()
         table = arrow_table(records).replace_schema_metadata({_META_KEY: encoded})
         _write_atomically(self._unit(unit), lambda file: pq.write_table(table, file))
+
+    def leave_out_unit(self, unit: str, exclusions: Sequence[Mapping[str, Any]]) -> None:
+        """Write down that a unit cannot be measured, and why; it counts as finished."""
+        self.write_unit(unit, [], {_LEFT_OUT: True}, exclusions)
 
     def _units(self) -> list[Path]:
         return sorted(path for path in (self.path / "records").glob("*.parquet") if not path.name.startswith("."))
@@ -217,7 +236,14 @@ class RunDirectory:
         return as_frame(pa.concat_tables(tables) if tables else SCHEMA.empty_table())
 
     def read_unit_meta(self) -> list[dict[str, Any]]:
-        """The JSON object each unit was written with, in the order of `read_records`."""
+        """The JSON object each measured unit was written with, in the order of `read_records`."""
+        return [
+            {name: value for name, value in meta.items() if name != _EXCLUSIONS}
+            for meta in self._metas()
+            if not meta.get(_LEFT_OUT)
+        ]
+
+    def _metas(self) -> list[dict[str, Any]]:
         kept = self.path / "records" / _KEPT_META
         if kept.is_file():
             return json.loads(gzip.decompress(kept.read_bytes()))
@@ -232,7 +258,7 @@ class RunDirectory:
         options: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "use_byte_stream_split": ["value"]}
         options["use_dictionary"] = [name for name in table.column_names if name != "value"]
         _write_atomically(path / "records" / "all.parquet", lambda file: pq.write_table(table, file, **options))
-        metas = gzip.compress(json.dumps(self.read_unit_meta(), allow_nan=False).encode(), 9, mtime=0)
+        metas = gzip.compress(json.dumps(self._metas(), allow_nan=False).encode(), 9, mtime=0)
         _write_atomically(path / "records" / _KEPT_META, lambda file: file.write(metas))
         for name in ("chains.jsonl", "exclusions.jsonl", "estimates.parquet"):
             if (self.path / name).is_file():
@@ -249,19 +275,30 @@ class RunDirectory:
         """What `write_chains` wrote; `Chain.from_json` makes a Chain of a row."""
         return _read_jsonl(self.path / "chains.jsonl")
 
-    def add_exclusion(
-        self, *, problem_id: str, stage: str, reason: str, chain_id: str | None = None, reader: str | None = None
-    ) -> None:
-        """Put down what was left out and why; the same exclusion twice is one line. One process writes at a time."""
-        row = {"problem_id": problem_id, "chain_id": chain_id, "reader": reader, "stage": stage, "reason": reason}
-        rows = self.read_exclusions()
-        if row not in rows:
-            _write_jsonl(self.path / "exclusions.jsonl", [*rows, row])
+    def add_exclusion(self, **row: str | None) -> None:
+        """Put down one thing that was left out, as `add_exclusions` does."""
+        self.add_exclusions([row])
 
-    def read_exclusions(self) -> list[dict[str, Any]]:
-        """What was left out: `problem_id chain_id reader stage reason` a row; empty where nothing was."""
+    def add_exclusions(self, rows: Iterable[Mapping[str, str | None]]) -> None:
+        """Put down what was left out of the study beside its units (those have their own), and why: rows as of
+        `read_exclusions`, absent keys None; the same twice is one line."""
+        known = self._common_exclusions()
+        kept = {tuple(row.values()): row for row in known}
+        for given in rows:
+            row = {name: given.get(name) for name in _EXCLUDED}
+            kept.setdefault(tuple(row.values()), row)
+        if len(kept) > len(known):
+            _write_jsonl(self.path / "exclusions.jsonl", kept.values())
+
+    def _common_exclusions(self) -> list[dict[str, Any]]:
         path = self.path / "exclusions.jsonl"
         return _read_jsonl(path) if path.is_file() else []
+
+    def read_exclusions(self) -> list[dict[str, Any]]:
+        """What was left out: `problem_id chain_id reader stage reason` a row, those of units behind the others; empty
+        where nothing was."""
+        of_units = [row for meta in self._metas() for row in meta.get(_EXCLUSIONS, [])]
+        return list({tuple(row.values()): row for row in [*self._common_exclusions(), *of_units]}.values())
 
     def write_estimates(self, estimates: Sequence[Estimate]) -> None:
         """Write all estimates; a note is kept behind the method, after '; '."""

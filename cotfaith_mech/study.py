@@ -12,39 +12,26 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .authoring import is_read, missing_of, problem_for, see_to_chains, see_to_paraphrases
-from .behaviour import measure_behaviour
+from .authoring import missing_of, see_to_chains, see_to_paraphrases
 from .chains import Chain
 from .conclude import ALL, Progress, conclude, silent, why_empty
-from .config import SUPPLIED, Mechanism, ReaderConfig, StudyConfig
-from .contrast import AnswerContrast
+from .config import SUPPLIED, ReaderConfig, StudyConfig
 from .datasets_io import read_problems
-from .errors import CotfaithError, EndpointError
-from .knockout import ALL_EDGES, KnockoutPlan, measure_knockout
-from .measured import Measured
-from .mediation import measure_cmi, measure_mediation
-from .paraphrasers import Paraphrases
-from .patching import PatchPlan, measure_patching
+from .errors import CotfaithError
 from .problems import Problem
-from .records import Record, RunDirectory, unit_id
-from .variants import BehaviourPlan
+from .records import RunDirectory, unit_id
+from .units import Unit, exclusions_of, measure_unit, open_chain, undefined_in, units_of
 
 if TYPE_CHECKING:
     from .crosscheck import Sample
     from .model import TextReader
-    from .reading import ChainReader, Trunk
-
-SWAP_DONORS = 1
-"""Other problems whose chains are swapped in, per chain."""
-PATCH_DONORS = 8
-"""Other problems whose chains are patched from, or averaged, per chain."""
 
 PACKAGES = ("cotfaith-mech", "torch", "transformers", "transformer-lens", "nnsight", "peft", "numpy", "scipy")
 
@@ -58,15 +45,15 @@ def run_study(config: StudyConfig, out: str | Path, progress: Progress = silent)
 
 def measure_study(config: StudyConfig, out: str | Path, progress: Progress = silent) -> RunDirectory:
     """The records of what is missing of `config` in the run directory `out`, and nothing concluded from them."""
-    run, problems, manifest = _begin(config, out)
+    run, problems, manifest = begin(config, out)
     held = _write(config, problems, run, progress)
     for reader in config.readers:
-        started, n_units = time.perf_counter(), len(run.read_unit_meta())
+        started, n_units = time.perf_counter(), run.n_units()
         manifest["models"][reader.name] = dataclasses.asdict(held(reader, "reader").info)
         manifest["checks"] += _run_reader(config, reader, held(reader, "reader"), problems, run, progress)
         spent = round(time.perf_counter() - started, 1)
         known = run.read_manifest().get("timings", {}).get(reader.name, spent)
-        manifest["timings"][reader.name] = spent if len(run.read_unit_meta()) > n_units else known
+        manifest["timings"][reader.name] = spent if run.n_units() > n_units else known
     del held
     _write_manifest(run, manifest)
     if config.cross_model:
@@ -142,17 +129,16 @@ def _run_pair(
         try:
             measured = measure_cross_model(pair, by_id[chain.problem_id], chain, reader, layers=layers)
         except CotfaithError as error:
-            _exclude(run, chain, reader, "measure", f"cross-model patching: {error}")
+            reasons = [f"cross-model patching: {error}"]
+            run.leave_out_unit(name, exclusions_of(chain, reader, "measure", reasons))
             continue
-        for reason in [*measured.exclusions, *_undefined(measured)]:
-            _exclude(run, chain, reader, "edit", reason)
-        meta = {"unit": name, "reader": reader, "chain_id": chain.chain_id, "edits": []}
-        run.write_unit(name, measured.records, meta)
+        left_out = exclusions_of(chain, reader, "edit", [*measured.exclusions, *undefined_in(measured)])
+        run.write_unit(name, measured.records, {"reader": reader, "chain_id": chain.chain_id, "edits": []}, left_out)
 
 
 def generate_chains(config: StudyConfig, out: str | Path, progress: Progress = silent) -> RunDirectory:
     """Let the first reader of `config` write chains into `out`/chains.jsonl, and measure nothing."""
-    run, problems, manifest = _begin(config, out)
+    run, problems, manifest = begin(config, out)
     model = _Held(config, run, progress)(config.readers[0], "reader")
     see_to_chains(config, config.readers[0].name, model, problems, run, progress)
     manifest["models"][config.readers[0].name] = dataclasses.asdict(model.info)
@@ -180,7 +166,7 @@ def _write_manifest(run: RunDirectory, manifest: dict[str, Any]) -> None:
     run.write_manifest(manifest | {"pinned": before.get("pinned", {}), "peak_memory_gb": peak})
 
 
-def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Problem], dict[str, Any]]:
+def begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Problem], dict[str, Any]]:
     """The run directory, the problems (what was left out is on disk), and the manifest so far."""
     from .sampling import few_shot
 
@@ -193,10 +179,9 @@ def _begin(config: StudyConfig, out: str | Path) -> tuple[RunDirectory, list[Pro
     content = json.dumps([dataclasses.asdict(problem) for problem in problems], sort_keys=True)
     run.pin("software", {"cotfaith-mech": metadata.version("cotfaith-mech")})
     run.pin("data", {"source": config.problems, "sha256": hashlib.sha256(content.encode()).hexdigest()})
-    for row in left_out:
-        run.add_exclusion(problem_id=row["problem_id"], stage="read", reason=row["reason"])
-    for problem in shown:
-        run.add_exclusion(problem_id=problem.problem_id, stage="few_shot", reason="shown as a worked example")
+    run.add_exclusions({"stage": "read"} | row for row in left_out)
+    worked = {"stage": "few_shot", "reason": "shown as a worked example"}
+    run.add_exclusions(worked | {"problem_id": problem.problem_id} for problem in shown)
     if "conflict" in config.tests and not any(p.conflicts or p.kind == "number" for p in problems):
         reason = "conflict: there is none for answers that are no numbers; the generators alone make their own"
         run.add_exclusion(problem_id=ALL, stage="edit", reason=reason)
@@ -248,54 +233,6 @@ def _loaded(config: StudyConfig, reader: ReaderConfig) -> TextReader:
     )
 
 
-def _opened(config: StudyConfig, model: TextReader, chain: Chain, problem: Problem) -> ChainReader:
-    """`model` having read `chain`: on a trunk, or through its endpoint."""
-    from .endpoint import AskedChain, Endpoint
-    from .model import Model
-    from .reading import Trunk
-
-    if isinstance(model, Endpoint):
-        return AskedChain.of(model, chain, problem.kind, problem.labels, config.min_label_mass)
-    assert isinstance(model, Model)
-    return Trunk.of(model, chain, problem.kind, problem.labels, problem.gold, config.min_label_mass)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Unit:
-    """One chain for one reader: the prompt is rendered by the reader's own template."""
-
-    name: str
-    problem: Problem
-    chain: Chain
-    paraphrases: Paraphrases
-
-    @property
-    def problem_id(self) -> str:
-        return self.chain.problem_id
-
-
-def _units(
-    config: StudyConfig, reader: ReaderConfig, model: TextReader, problems: Sequence[Problem], run: RunDirectory
-) -> list[_Unit]:
-    """The units of `reader`, each named by all that its records rest on."""
-    apart = {"readers", "problems", "limit", "primary", "crosscheck_cells", "keep_on_cpu", "authors"}
-    apart |= {"mechanism_authors", "cross_model", "labels"}
-    plan = config.model_dump(mode="json", exclude=apart)
-    identity = [reader.name, model.info.weights_hash, reader.mechanism, reader.tests]
-    by_id = {problem.problem_id: problem for problem in problems}
-    units = []
-    for row in run.read_chains():
-        if row["problem_id"] in by_id and is_read(config, reader.name, row["author"]):
-            problem = problem_for(by_id[row["problem_id"]], row["author"])
-            chain = dataclasses.replace(Chain.from_json(row), prompt=model.render(problem.question))
-            paraphrases = row.get("paraphrases")
-            opened = config.opens(row["author"])
-            name = unit_id([*identity, opened], chain.chain_id, [plan, dataclasses.asdict(problem), paraphrases])
-            made = Paraphrases.from_json(paraphrases) if paraphrases else Paraphrases("none", (), {})
-            units.append(_Unit(name, problem, chain, made))
-    return units
-
-
 def _run_reader(
     config: StudyConfig,
     reader: ReaderConfig,
@@ -305,152 +242,40 @@ def _run_reader(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Measure every unit of `reader` that is not on disk; the rows of its cross-check, made anew if any was missing."""
-    from .crosscheck import check_engines, sample_cells
-    from .reading import Trunk
 
-    units = _units(config, reader, model, problems, run)
+    units = units_of(config, reader, model, problems, run)
     checked = [row for row in run.read_manifest().get("checks", []) if row["check"] in _check_names(reader.name)]
     if checked and all(row["passed"] for row in checked) and all(run.has_unit(unit.name) for unit in units):
         return checked
+    for number in progress(range(len(units)), f"reader {reader.name}"):
+        measure_unit(config, reader, model, units, number, run)
+    return _check(config, reader, model, units, progress)
+
+
+def _check(
+    config: StudyConfig, reader: ReaderConfig, model: TextReader, units: Sequence[Unit], progress: Progress
+) -> list[dict[str, Any]]:
+    """Rows of the cross-check of `model` on two chains drawn from the study's seed."""
+    from .crosscheck import check_engines, sample_cells
+    from .reading import Trunk
+
     mechanistic = any(other.mechanism for other in config.readers)
-    checked_here = bool(config.crosscheck_cells) and (reader.mechanism or not mechanistic) and not reader.endpoint
+    if not config.crosscheck_cells or reader.endpoint or (mechanistic and not reader.mechanism):
+        return []
     samples: list[Sample] = []
-    chosen = set(np.random.default_rng(config.seed).permutation(len(units))[:2].tolist()) if checked_here else set()
-    for number, unit in enumerate(progress(units, f"reader {reader.name}")):
-        if run.has_unit(unit.name) and number not in chosen:
-            continue
+    for number in sorted(np.random.default_rng(config.seed).permutation(len(units))[:2].tolist()):
         try:
-            trunk = _opened(config, model, unit.chain, unit.problem)
-            if not run.has_unit(unit.name):
-                donors = _donors(units, number)
-                measured, failed = _measure(config, reader, trunk, unit, donors)
-                for reason in failed:
-                    _exclude(run, unit.chain, reader.name, "measure", reason)
-                for reason in measured.exclusions:
-                    _exclude(run, unit.chain, reader.name, "edit", reason)
-                run.write_unit(unit.name, measured.records, _meta(unit.name, reader.name, trunk, measured))
-        except EndpointError:
-            raise
-        except CotfaithError as error:
-            _exclude(run, unit.chain, reader.name, "measure", str(error))
+            trunk = open_chain(config, model, units[number].chain, units[number].problem)
+        except CotfaithError:
             continue
-        if number in chosen and isinstance(trunk, Trunk):
-            rng = np.random.default_rng([config.seed, number])
-            samples.append(sample_cells(trunk, unit.problem, config.crosscheck_cells, rng))
+        assert isinstance(trunk, Trunk)
+        rng = np.random.default_rng([config.seed, number])
+        samples.append(sample_cells(trunk, units[number].problem, config.crosscheck_cells, rng))
     rows = check_engines(samples[0].trunk.model, samples, progress) if samples else []
     return [row | {"check": f"{row['check']}/{reader.name}"} for row in rows]
-
-
-def _donors(units: Sequence[_Unit], number: int) -> list[Chain]:
-    """Chains of the unit's author to other problems, those that follow it first."""
-    own = units[number].chain
-    others = [unit.chain for unit in [*units[number + 1 :], *units[:number]]]
-    found = [one for one in others if one.author == own.author and one.problem_id != own.problem_id]
-    return found[:PATCH_DONORS]
 
 
 def _check_names(reader: str) -> list[str]:
     from .crosscheck import BACKENDS
 
     return [f"crosscheck/{backend}/{reader}" for backend in BACKENDS]
-
-
-def _measure(
-    config: StudyConfig, reader: ReaderConfig, trunk: ChainReader, unit: _Unit, donors: Sequence[Chain]
-) -> tuple[Measured, list[str]]:
-    """All records of a unit, and why a part of them could not be measured."""
-    from .reading import Trunk
-
-    plan = BehaviourPlan(
-        config.tests if reader.tests is None else reader.tests,
-        config.draws,
-        config.battery,
-        config.continue_tokens,
-        config.generation.temperature,
-        config.equal_length,
-    )
-    seed = int(trunk.chain.chain_id[:8], 16) ^ config.seed
-    measured = measure_behaviour(
-        trunk, unit.problem, reader.name, plan, paraphrases=unit.paraphrases, donors=donors[:SWAP_DONORS], seed=seed
-    )
-    parts = {}
-    if isinstance(trunk, Trunk) and config.opens(trunk.chain.author):
-        parts = _mechanism(config, reader, trunk, unit.problem, donors, seed)
-    failed = []
-    for name, measure in parts.items():
-        try:
-            part = measure()
-        except CotfaithError as error:
-            failed.append(f"{name}: {error}")
-            continue
-        measured.records += part.records
-        measured.exclusions += part.exclusions
-    measured.exclusions += _undefined(measured)
-    return measured, failed
-
-
-def _mechanism(
-    config: StudyConfig, reader: ReaderConfig, trunk: Trunk, problem: Problem, donors: Sequence[Chain], seed: int
-) -> dict[Mechanism, Callable[[], Measured]]:
-    """What is measured inside the reader, by name (StudyConfig.mechanisms_of)."""
-    from .attribution import measure_attribution
-    from .attribution_patching import measure_attribution_patching
-    from .trace import measure_trace
-
-    full, name = config.battery == "full", reader.name
-    plan = KnockoutPlan(ALL_EDGES, ("masked", "zeroed")) if full and reader.mechanism else KnockoutPlan()
-    heads = PatchPlan(config.patch_layers, ("denoise",), ("z",), by_head=True)
-    cut = KnockoutPlan(("heads",), ("zeroed",))
-    named = AnswerContrast.named
-    parts: dict[Mechanism, Callable[[], Measured]] = {
-        "knockout": lambda: measure_knockout(trunk, name, plan, seed=seed),
-        "decision_trace": lambda: measure_trace(trunk, name),
-        "patching": lambda: measure_patching(trunk, problem, name, config.patches, donors=donors, seed=seed),
-        "attribution": lambda: measure_attribution(trunk, problem, name, full=full),
-        "mediation": lambda: measure_mediation(trunk, problem, name),
-        "mediation_index": lambda: measure_cmi(trunk, donors, name, seed=seed),
-        "head_patching": lambda: measure_patching(trunk, problem, name, heads, controls=False, seed=seed),
-        "attribution_patching": lambda: measure_attribution_patching(trunk, problem, name, seed=seed),
-        "head_knockout": lambda: measure_knockout(
-            trunk, name, cut, contrast=named(trunk, problem.twin_answer), seed=seed
-        ),
-    }
-    return {part: parts[part] for part in config.mechanisms_of(reader)}
-
-
-def _undefined(measured: Measured) -> list[str]:
-    """What is NaN or infinite: a reason for each measure, variant and metric, with the coordinates of every value."""
-    places: dict[str, list[str]] = {}
-    for record in measured.records:
-        if not np.isfinite(record.value):
-            what = f"{record.measure} {record.variant} {record.metric}: value is {record.value}"
-            places.setdefault(what, []).append(_where(record))
-    return [f"{what} at {'; '.join(where)}" for what, where in places.items()]
-
-
-def _where(record: Record) -> str:
-    names = ("step", "layer", "head", "position", "seed")
-    found = {name: value for name in names if (value := getattr(record, name)) is not None}
-    return " ".join(f"{name} {value}" for name, value in found.items()) or "no step or layer"
-
-
-def _meta(unit: str, reader: str, trunk: ChainReader, measured: Measured) -> dict[str, Any]:
-    from .reading import Trunk
-
-    return {
-        "unit": unit,
-        "reader": reader,
-        "chain_id": trunk.chain.chain_id,
-        "answer": trunk.chain.answer.strip(),
-        "edits": measured.texts,
-        "tokens": _step_tokens(trunk) if isinstance(trunk, Trunk) else None,
-    }
-
-
-def _step_tokens(trunk: Trunk) -> list[list[str]]:
-    """The text of each token of each step, as the reader's tokenizer splits it."""
-    return [[trunk.model.decode([token]) for token in trunk.run.tokens[start:end]] for start, end in trunk.spans.steps]
-
-
-def _exclude(run: RunDirectory, chain: Chain, reader: str, stage: str, reason: str) -> None:
-    run.add_exclusion(problem_id=chain.problem_id, chain_id=chain.chain_id, reader=reader, stage=stage, reason=reason)

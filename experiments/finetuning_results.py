@@ -115,7 +115,7 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
     readers = [BASE, *groups]
     yield "curves", curve_figure(views.curves(records, chains), readers)
     chosen = [row for name, arm in results.endpoints for g in groups if (row := results.row(g, name, arm))]
-    yield "forest", seeds_figure(chosen, groups)
+    yield "forest", seeds_figure(chosen, groups, base=BASE)
     yield "conflict", conflict_figure(views.conflict(records), readers)
     yield "verdicts", verdict_figure(verdict_shares(results))
     yield "knockout", knockout_figure(views.knockout(records, chains), [BASE, *shown])
@@ -178,15 +178,10 @@ def _cell(row: Merged | None) -> str:
     if row is None or np.isnan(row.estimate.value):
         return "–"
     e = row.estimate
-    if _alike(row):
+    if row.alike:
         return f"{e.value:+.2f} in each seed"
     mark = "**" if e.ci_low > 0 or e.ci_high < 0 else ""
     return f"{mark}{e.value:+.2f}{mark} [{e.ci_low:+.2f}, {e.ci_high:+.2f}]"
-
-
-def _alike(row: Merged) -> bool:
-    """Several seeds of one value: their variance, and so the interval, cannot be told."""
-    return len(row.seeds) > 1 and np.ptp(list(row.seeds.values())) < 1e-9
 
 
 def answers(results: Results) -> Iterator[str]:
@@ -198,6 +193,7 @@ def answers(results: Results) -> Iterator[str]:
         yield f"- {_sentence(results, main, name, arm)}"
     yield ""
     yield from _against_control(results, main, control)
+    yield from _under_conflict(results, main)
     yield from _accuracy(results, main)
     yield from _chain_by_chain(results, main)
     yield from _reading(results, main)
@@ -207,7 +203,7 @@ def answers(results: Results) -> Iterator[str]:
 def _span(row: Merged) -> str:
     """Value, interval, and what it rests on."""
     e, n = row.estimate, len(row.seeds)
-    if _alike(row):
+    if row.alike:
         return f"{e.value:+.2f} in each of {n} seeds ({e.n_problems} problems)"
     return f"{e.value:+.2f} [{e.ci_low:+.2f}, {e.ci_high:+.2f}] ({n} seed{'s'[: n - 1]}, {e.n_problems} problems)"
 
@@ -217,7 +213,7 @@ def _sentence(results: Results, group: str, name: str, arm: str) -> str:
     label = SCORES.get(name.split(" | ")[0], name)
     if row is None:
         return f"{label}: not measured (no problem that both answer right)."
-    if len(row.seeds) < ENOUGH_SEEDS or _alike(row):
+    if len(row.seeds) < ENOUGH_SEEDS or row.alike:
         return f"{label}: {_span(row)}; of these checkpoints alone."
     p = holm_p(row.estimate)
     moved = "moves" if p <= 0.05 else "is not told from 0"
@@ -233,6 +229,24 @@ def _against_control(results: Results, main: str, control: str) -> Iterator[str]
     ]
     if spans:
         yield f"**Beyond the control** ({_words(control)}; Welch's t over seeds): " + "; ".join(spans) + "."
+        yield ""
+
+
+def _under_conflict(results: Results, group: str) -> Iterator[str]:
+    """Whose answer is given where the chain's conflicts with the question's, on all problems."""
+    name = next((name.split(" | ")[0] for name, _ in results.endpoints if name.startswith("conflict/")), None)
+    if name and (levels := results.tuned(group, name)):
+        kind = name.rpartition("/")[0]
+        chain, question, other = (
+            [results.base(f"{kind}/{who}"), float(np.mean(results.tuned(group, f"{kind}/{who}")))]
+            for who in ("p_chain", "p_question", "p_other")
+        )
+        which = kind.rpartition("/")[2].replace("_", " ")
+        yield (
+            f"**Under conflict** ({which}, all problems, mean of {len(levels)} seeds) "
+            f"the chain's answer has {chain[0]:.2f} by base and {chain[1]:.2f} by the tuned; of what it loses, the "
+            f"question's answer gains {question[1] - question[0]:.2f} and other answers {other[1] - other[0]:.2f}."
+        )
         yield ""
 
 

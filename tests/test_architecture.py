@@ -29,6 +29,7 @@ ORDER = [
     "report",
     "conclude",
     "authoring progress",
+    "units",
     "study",
     "validation plan",
     "summary",

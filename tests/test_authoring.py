@@ -15,7 +15,8 @@ from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.model import load
 from cotfaith_mech.organisms.rules import organism_problems
-from cotfaith_mech.study import _donors, _units, measure_study
+from cotfaith_mech.study import measure_study
+from cotfaith_mech.units import donors_of, units_of
 
 ARMS = {
     "readers": [{"name": "base", "model": "organism:writer"}, {"name": "tuned", "model": "organism:mix_100"}],
@@ -62,13 +63,13 @@ def test_donors_are_chains_of_the_same_author_to_other_problems(run):
     config = parse_config(ARMS)
     problems, _ = read_problems(ARMS["problems"])
     model = load("organism:writer")
-    units = _units(config, config.readers[0], model, problems, run)
+    units = units_of(config, config.readers[0], model, problems, run)
     for number, unit in enumerate(units):
-        donors = _donors(units, number)
+        donors = donors_of(units, number)
         assert {donor.author for donor in donors} <= {unit.chain.author}
         assert unit.chain.problem_id not in {donor.problem_id for donor in donors}
     supplied = [number for number, unit in enumerate(units) if unit.chain.author == "supplied"]
-    assert [len(_donors(units, number)) for number in supplied] == [2, 2, 2]
+    assert [len(donors_of(units, number)) for number in supplied] == [2, 2, 2]
 
 
 def test_a_problem_without_its_own_chain_keeps_the_others(tmp_path):

@@ -91,10 +91,10 @@ def test_an_unfinished_study_names_its_unit_by_the_problem() -> None:
     from cotfaith_mech.chains import Chain
     from cotfaith_mech.paraphrasers import Paraphrases
     from cotfaith_mech.problems import Problem
-    from cotfaith_mech.study import _Unit
+    from cotfaith_mech.units import Unit
 
     chain = Chain("p7", "gold", "Q\n", (" A.",), "\nSo", "")
-    unit = _Unit("hash", Problem("p7", "Q", "1", "test"), chain, Paraphrases("none", (), {}))
+    unit = Unit("hash", Problem("p7", "Q", "1", "test"), chain, Paraphrases("none", (), {}))
     assert name_of(unit) == "p7"
 
 

@@ -32,6 +32,7 @@ from cotfaith_mech.records import Record, RunDirectory
 from cotfaith_mech.sampling import supplied_chain
 from cotfaith_mech.sites import Site
 from cotfaith_mech.trace import measure_trace
+from cotfaith_mech.units import undefined_in
 
 from .test_conformance import hooks_and_layers, last_logits, random_cells, tokens, zeroed_cells
 from .tiny import tiny
@@ -317,7 +318,7 @@ def test_one_nan_weight_gives_exclusions_with_coordinates_and_no_number() -> Non
     trunk = Trunk.of(m, chain, problem.kind)
     assert values(measure_knockout(trunk, "A", KnockoutPlan()).records) == knockout
     measured = measure_patching(trunk, problem, "A", PatchPlan())
-    told = study._undefined(measured)
+    told = undefined_in(measured)
     bad = [record for record in measured.records if not np.isfinite(record.value)]
     assert sum(len(reason.split("; ")) for reason in told) == len(bad) > len(told) > 0
     place = next(step for step, (a, b) in enumerate(trunk.spans.steps) if foreign[0] in m.encode(twin.text).ids[a:b])
@@ -345,9 +346,9 @@ def test_a_model_that_is_nan_throughout_gives_no_number_at_all() -> None:
         of_model = [record for record in measured.records if record.layer != 0 or record.measure == "knockout"]
         assert of_model
         assert not [record for record in of_model if np.isfinite(record.value)]
-        told = study._undefined(measured)
+        told = undefined_in(measured)
         assert sum(len(reason.split("; ")) for reason in told) >= len(of_model)
-    heads = study._undefined(measure_knockout(trunk, "A", KnockoutPlan(("heads",))))
+    heads = undefined_in(measure_knockout(trunk, "A", KnockoutPlan(("heads",))))
     assert any("step 1 layer 2 head 4" in reason for reason in heads)
 
 
