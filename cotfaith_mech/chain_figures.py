@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from . import views
-from .figure_style import PAPER_WIDTH, draw_map, draw_scale, drawable, label_ticks, limit_of
+from .figure_style import PAPER_WIDTH, draw_map, draw_scale, drawable, label_ticks
+from .markup import limit_of
 from .outcomes import Table
 
 MOST_HEADS = 28

@@ -86,11 +86,6 @@ def draw_scale(figure: Figure, axes: Iterable[Axes], limit: float, label: str) -
     figure.colorbar(colours, ax=list(axes), label=label, shrink=0.9, aspect=14)
 
 
-def limit_of(values: np.ndarray) -> float:
-    finite = np.abs(values[np.isfinite(values)])
-    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-
-
 def label_ticks(axis: Axes, which: str, labels: list[Any], most: int = 12) -> None:
     """Label every n-th cell so that at most `most` labels stand on the axis."""
     every = max(1, -(-len(labels) // most))

@@ -33,9 +33,9 @@ from .figure_style import (
     draw_scale,
     drawable,
     label_ticks,
-    limit_of,
     marker_of,
 )
+from .markup import limit_of
 from .outcomes import Table
 from .records import RunDirectory
 
@@ -148,7 +148,7 @@ def patching_figure(cells: Table, readers: list[str]) -> Figure:
         for reader in views.present(readers, cells)
     }
     gaps = {(a, b): maps[a] - maps[b] for a, b in views.differences(readers, cells)}
-    limit = limit_of(np.concatenate([*maps.values(), *gaps.values()]))
+    limit = limit_of(np.concatenate([*maps.values(), *gaps.values()]).ravel())
     rows = 2 if gaps else 1
     figure = Figure(figsize=(PAPER_WIDTH, 0.75 + rows * (0.5 + 0.3 * len(roles))))
     axes = figure.subplots(rows, len(maps), squeeze=False)

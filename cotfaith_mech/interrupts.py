@@ -51,5 +51,7 @@ def resumable(out: Path) -> Iterator[None]:
     except Interrupted as stopped:
         n_units = len(list((out / "records").glob("*.parquet")))
         command = shlex.join(["cotfaith", *sys.argv[1:]])
-        stopped.told += f" {n_units} finished units are kept in {out}; to resume: {command}"
+        stopped.told += (
+            f" {n_units} finished {'unit is' if n_units == 1 else 'units are'} kept in {out}; to resume: {command}"
+        )
         raise

@@ -93,6 +93,7 @@ def plan_study(config: StudyConfig, out: Path, *, measure: bool = True, progress
     """The plan of `config` in the run directory `out`, which is read and not touched; without `measure` only chains are
     written. Raises what the study would raise before its first pass."""
     with tempfile.TemporaryDirectory() as scratch:
+        RunDirectory.check(out, config.model_dump(mode="json"))
         on_disk = RunDirectory(out) if (out / "manifest.json").is_file() else None
         for name in ("manifest.json", "chains.jsonl", "exclusions.jsonl") if on_disk else ():
             if (out / name).is_file():

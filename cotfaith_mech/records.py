@@ -174,18 +174,22 @@ class RunDirectory:
         or cannot be written.
         """
         path = Path(path)
-        there = [entry.name for entry in path.iterdir() if not entry.name.endswith(".tmp")] if path.is_dir() else []
-        if (path / "manifest.json").is_file():
-            run = cls(path)
-            difference = _differing_key(run.read_manifest().get("config"), _plain(config))
-            if difference is None:
-                return run
-            if there != ["manifest.json"]:
-                raise CotfaithError(f"{path} holds a run of another config: {difference}; choose a new output folder.")
-        elif there:
-            raise CotfaithError(f"{path} holds files but no run; choose a new or empty output folder.")
-        _write_json(path / "manifest.json", {"config": config})
+        if not cls.check(path, config):
+            _write_json(path / "manifest.json", {"config": config})
         return cls(path)
+
+    @classmethod
+    def check(cls, path: Path, config: Mapping[str, Any]) -> bool:
+        """Whether `path` holds a run of `config`; raises what `create` raises where another thing is there."""
+        there = [entry.name for entry in path.iterdir() if not entry.name.endswith(".tmp")] if path.is_dir() else []
+        if not (path / "manifest.json").is_file():
+            if there:
+                raise CotfaithError(f"{path} holds files but no run; choose a new or empty output folder.")
+            return False
+        difference = _differing_key(cls(path).read_manifest().get("config"), _plain(config))
+        if difference and there != ["manifest.json"]:
+            raise CotfaithError(f"{path} holds a run of another config: {difference}; choose a new output folder.")
+        return difference is None
 
     @property
     def _manifest(self) -> Path:
@@ -360,6 +364,9 @@ def _differing_key(old: Any, new: Any, prefix: str = "") -> str | None:
     """Dotted name of the first key at which two JSON values differ, None where they are equal."""
     if old == new:
         return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return next(found for i, (a, b) in pairs if (found := _differing_key(a, b, f"{prefix}[{i}]")))
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return f"{prefix or 'config'} is {old!r} there, {new!r} here"
     keys = sorted(old.keys() | new.keys())

@@ -6,6 +6,7 @@ is in `DataFrame.attrs`, which pandas keeps in the schema metadata of a Parquet 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,28 @@ Results = Measured | RunDirectory | Iterable[Record]
 ABOUT = ("config", "models", "versions", "seeds", "device", "dtype")
 """Parts of a run's manifest that go with its table."""
 
+_OF_ESTIMATES = {
+    "share of problems": "accuracy answered_no_chain same_answer_no_chain chains_written decorative load_bearing "
+    "encoded_or_fragile unstable undecided",
+    "probability": "change dependence",
+    "nats a step": "logp_gain entropy_drop",
+    "area, 0 to 1": "aoc aoc_mean aoc_correct",
+    "share of the chain": "convergence_step",
+    "share of the depth": "decided_layer decided_layer_no_chain",
+    "share of the effect": "recovered pnie_share tnie_share true_step_share largest_random_share",
+    "rank correlation": "rho rho_is_last rho_partial rho_position rho_within screen_rank",
+    "share of chains": "top1 top1_chance",
+}
+ESTIMATE_UNITS = {name: unit for unit, names in _OF_ESTIMATES.items() for name in names.split()}
+
+
+def unit_of_estimate(name: str) -> str | None:
+    """The unit of the estimate of this name, as of 'knockout/true_step/delta_p | both_correct'; None where unknown."""
+    plain = re.sub(r"(@[^/]*|/layer\d+)$", "", name.split(" | ")[0])
+    metric = plain.rpartition("/")[2]
+    unit = ESTIMATE_UNITS.get(metric) or UNITS.get(metric)
+    return "share of problems" if unit == "0 or 1" else unit
+
 
 def table(results: Results | list[Estimate]) -> Table:
     """Results as a pandas.DataFrame.
@@ -27,7 +50,7 @@ def table(results: Results | list[Estimate]) -> Table:
     `results`: what a `measure_` function gives, a RunDirectory, or Records: a column for each field of Record, and
     `unit` ('probability', 'nats', 'logits', '0 or 1', …). Integers that may be absent are Int64. `attrs` hold the
     exclusions and, of a run, its config, models, versions, seeds, device and dtype. Estimates (`run.read_estimates()`)
-    give a column for each of their fields. Written out by pandas itself:
+    give a column for each of their fields and their `unit`. Written out by pandas itself:
 
         cm.table(results).to_parquet("results.parquet")     # pandas.read_parquet gives an equal table, attrs too
         cm.table(results).to_csv("results.csv", index=False)
@@ -41,8 +64,9 @@ def table(results: Results | list[Estimate]) -> Table:
     if isinstance(results, Measured):
         return _with_units(as_frame(arrow_table(results.records)), {"exclusions": list(results.exclusions)})
     rows = list(results)
-    if rows and isinstance(rows[0], Estimate):
-        return pd.DataFrame([vars(row) for row in rows])
+    estimates = [row for row in rows if isinstance(row, Estimate)]
+    if estimates:
+        return pd.DataFrame([vars(row) | {"unit": unit_of_estimate(row.name)} for row in estimates])
     return _with_units(as_frame(arrow_table(rows)), {})  # pyright: ignore[reportArgumentType]
 
 

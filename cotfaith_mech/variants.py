@@ -113,7 +113,9 @@ def edited_chains(editing: Editing) -> Iterable[Variant]:
         seen.add(key)
         yield variant
     editing.left_out.extend(
-        f"{name}: {n} draws repeat an earlier one and are not counted" for name, n in repeats.items()
+        f"{name}: {n} {'draw repeats an earlier one and is' if n == 1 else 'draws repeat an earlier one and are'} "
+        "not counted"
+        for name, n in repeats.items()
     )
 
 

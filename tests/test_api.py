@@ -37,6 +37,7 @@ from cotfaith_mech.reading import Trunk
 from cotfaith_mech.records import COLUMNS, UNITS, Record, RunDirectory
 from cotfaith_mech.sampling import supplied_chain
 from cotfaith_mech.sites import Site
+from cotfaith_mech.tables import unit_of_estimate
 from cotfaith_mech.trace import measure_trace
 from cotfaith_mech.variants import BehaviourPlan
 
@@ -175,9 +176,37 @@ def test_a_table_holds_the_records_and_their_units_whatever_it_is_made_of(tmp_pa
 def test_estimates_are_a_table_too(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run")
     frame, estimates = cm.table(run.read_estimates()), run.read_estimates()
-    assert list(frame.columns) == ["name", "arm", "n_problems", "value", "ci_low", "ci_high", "p", "method", "note"]
+    assert list(frame.columns) == [
+        "name",
+        "arm",
+        "n_problems",
+        "value",
+        "ci_low",
+        "ci_high",
+        "p",
+        "method",
+        "note",
+        "unit",
+    ]
     assert frame["value"].tolist() == [estimate.value for estimate in estimates]
     assert frame["note"].tolist() == [estimate.note for estimate in estimates]
+    assert frame["unit"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("knockout/true_step/delta_p | both_correct", "probability"),
+        ("conflict/record_agree/says_chain", "share of problems"),
+        ("infogain/logp_gain", "nats a step"),
+        ("patching/noise/true_step/recovered/layer12", "share of the effect"),
+        ("verdict/load_bearing@0.75", "share of problems"),
+        ("bridge/mistake~knockout/rho", "rank correlation"),
+        ("no_such/score", None),
+    ],
+)
+def test_the_unit_of_an_estimate_follows_from_its_name(name: str, unit: str | None) -> None:
+    assert unit_of_estimate(name) == unit
 
 
 def test_parquet_and_csv_come_back_equal(tmp_path: Path) -> None:

@@ -51,6 +51,14 @@ def test_units_and_records_are_those_of_the_study(tmp_path: Path, monkeypatch: A
     assert of_reader(plan, "reader A").records == counts(run)
 
 
+def test_a_folder_that_the_study_would_refuse_is_refused_by_its_plan(tmp_path: Path) -> None:
+    config = load_config(write_tiny_study(tmp_path, 3))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    with pytest.raises(CotfaithError, match="thesis holds files but no run"):
+        plan_study(config, tmp_path / "thesis")
+
+
 def test_what_is_on_disk_is_finished_and_other_weights_are_not_known(tmp_path: Path) -> None:
     config = load_config(write_tiny_study(tmp_path, 3, mechanisms=["knockout"], tests=["filler"]))
     run = measure_study(config, tmp_path / "run")

@@ -128,6 +128,32 @@ def test_another_config_is_refused_by_key(run):
         RunDirectory.create(run.path, {**CONFIG, "extra": 1})
 
 
+def test_a_differing_reader_is_named_by_its_key(tmp_path):
+    """Not the two lists of readers, one after the other."""
+    readers = [{"name": "A", "model": "x"}, {"name": "B", "model": "y"}]
+    run = RunDirectory.create(tmp_path / "r", {"readers": readers})
+    run.write_unit("u", [record()], {})
+    with pytest.raises(CotfaithError, match=r"another config: readers\[1\]\.model is 'y' there, 'z' here;"):
+        RunDirectory.create(run.path, {"readers": [readers[0], {**readers[1], "model": "z"}]})
+    with pytest.raises(CotfaithError, match=r"readers is \[.*\] there"):
+        RunDirectory.create(run.path, {"readers": readers[:1]})
+
+
+def test_what_was_left_out_of_a_unit_travels_with_it(run, tmp_path):
+    """In the same move as its records: nothing that a kill could part; a unit that is left out is finished, unmeasured."""
+    rows = [{"problem_id": f"p{i}", "chain_id": "c", "reader": "A", "stage": "edit", "reason": "x"} for i in range(2)]
+    run.add_exclusions([{"problem_id": "p9", "stage": "read", "reason": "no answer"}] * 2)
+    run.write_unit("u", [record()], {"reader": "A"}, rows[:1])
+    run.leave_out_unit("v", rows)
+    assert run.has_unit("v")
+    assert run.n_units() == 2
+    assert run.read_unit_meta() == [{"unit": "u", "reader": "A"}]
+    common = {"problem_id": "p9", "chain_id": None, "reader": None, "stage": "read", "reason": "no answer"}
+    assert run.read_exclusions() == [common, *rows]
+    assert run.compacted(tmp_path / "kept").read_exclusions() == [common, *rows]
+    assert len(run.read_records()) == 1
+
+
 def test_a_folder_of_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(CotfaithError, match="holds files but no run"):
