@@ -161,7 +161,7 @@ def test_records_of_smollm2_on_chains_with_twins_and_conflicts(tmp_path: Path) -
     data = {
         "readers": [reader],
         "problems": "people:2:7",
-        "tests": ["mistake", "conflict"],
+        "tests": ["conflict"],
         "patch_layers": [20],
         "draws": 1,
         "crosscheck_cells": 0,

@@ -13,7 +13,7 @@ from cotfaith_mech.config import load_config, parse_config
 from cotfaith_mech.crossmodel import Pair
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.records import RunDirectory
-from cotfaith_mech.study import run_study
+from cotfaith_mech.study import measure_study, run_study
 
 pytestmark = pytest.mark.smollm2
 
@@ -25,7 +25,7 @@ SMALL = {
     "problems": "people:2",
     "seed": 3,
     "draws": 2,
-    "patch_layers": [0, 17],
+    "patch_layers": [17],
     "crosscheck_cells": 2,
 }
 
@@ -64,7 +64,7 @@ def test_resume_gives_the_same_table(run: RunDirectory, tmp_path: Path) -> None:
     units = sorted((run.path / "records").glob("*.parquet"))
     assert len(units) == 4
     units[1].unlink()
-    again = run_study(parse_config(SMALL), run.path)
+    again = measure_study(parse_config(SMALL), run.path)
     pd.testing.assert_frame_equal(table(again), before, check_exact=True)
 
 
@@ -99,7 +99,7 @@ def test_chains_of_a_run_bring_their_paraphrases_along(run: RunDirectory, tmp_pa
     path.write_text("\n".join(map(json.dumps, rows)))
     config = SMALL | {"problems": str(path), "paraphraser": "supplied", "tests": ["paraphrase"], "crosscheck_cells": 0}
     config["readers"] = [SMALL["readers"][0] | {"mechanism": False}]
-    again = run_study(parse_config(config), tmp_path / "again")
+    again = measure_study(parse_config(config), tmp_path / "again")
     assert again.read_chains()[0]["paraphrases"]["rejected"] == {"numbers differ": 2}
     assert "paraphrase" not in set(again.read_records().measure)
     reasons = [row["reason"] for row in again.read_exclusions()]
@@ -168,11 +168,11 @@ def test_a_pair_that_cannot_be_spliced_costs_the_study_nothing_else_and_is_resum
     assert set(first.read_records().reader) == {"A", "B"}
     n_before = len(first.read_records())
     monkeypatch.setattr("cotfaith_mech.crossmodel.Pair.of", of)
-    found = run_study(parse_config(PAIR), tmp_path / "pair").read_records()
+    found = measure_study(parse_config(PAIR), tmp_path / "pair").read_records()
     crossed = found[found.measure == "cross_model"]
     assert set(crossed.reader) == {"B"}
     assert len(crossed) == len(found) - n_before == 3 * 4 * 3
     assert crossed.value.between(0, 1).all()
     monkeypatch.setattr("cotfaith_mech.crossmodel.Pair.of", refuse)
-    again = run_study(parse_config(PAIR), tmp_path / "pair")
+    again = measure_study(parse_config(PAIR), tmp_path / "pair")
     pd.testing.assert_frame_equal(table(again), table(first), check_exact=True)
