@@ -56,19 +56,22 @@ def estimate(run: RunDirectory) -> None:
     bridges, disagreements = _bridges(records, chains, names, several, config.seed + 1)
     run.write_estimates([*estimates, *bridges])
     checks = [check for check in manifest.get("checks", []) if not check["check"].startswith("records/")]
-    manifest["checks"] = checks + _record_checks(records, config.dtype)
-    manifest["counts"] = {
-        "problems": int(records.problem_id.nunique()),
-        "units": len(run.read_unit_meta()),
-        "records": len(records),
-        "exclusions": len(run.read_exclusions()),
-    }
     made = [Paraphrases.from_json(row["paraphrases"]) for row in chains if row.get("paraphrases")]
-    manifest["paraphrases"] = tally(made) if made else None
-    manifest["disagreements"] = disagreements.to_dict("records")
-    manifest["conclusion"] = conclusions(estimates, names)
-    manifest["verdicts"] = verdicts(estimates, names)
-    run.write_manifest(manifest)
+    run.update_manifest(
+        {
+            "checks": checks + _record_checks(records, config.dtype),
+            "counts": {
+                "problems": int(records.problem_id.nunique()),
+                "units": len(run.read_unit_meta()),
+                "records": len(records),
+                "exclusions": len(run.read_exclusions()),
+            },
+            "paraphrases": tally(made) if made else None,
+            "disagreements": disagreements.to_dict("records"),
+            "conclusion": conclusions(estimates, names),
+            "verdicts": verdicts(estimates, names),
+        }
+    )
 
 
 def _bridges(records: Any, chains: Any, names: Sequence[str], several: bool, seed: int) -> tuple[list[Estimate], Any]:

@@ -99,7 +99,8 @@ def plan_study(config: StudyConfig, out: Path, *, measure: bool = True, progress
             if (out / name).is_file():
                 shutil.copy(out / name, scratch)
         try:
-            run, problems, _ = begin(config, scratch)
+            run = RunDirectory.create(scratch, config.model_dump(mode="json"))
+            problems, _ = begin(config, run)
         except CotfaithError as error:
             raise CotfaithError(str(error).replace(scratch, str(out))) from error
         planner = _Planner(config, run, problems, on_disk)

@@ -8,13 +8,15 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import CotfaithError
+from .locks import PREFIX, lock
 from .stats import Estimate
 
 SCHEMA = pa.schema(
@@ -181,7 +184,8 @@ class RunDirectory:
     @classmethod
     def check(cls, path: Path, config: Mapping[str, Any]) -> bool:
         """Whether `path` holds a run of `config`; raises what `create` raises where another thing is there."""
-        there = [entry.name for entry in path.iterdir() if not entry.name.endswith(".tmp")] if path.is_dir() else []
+        entries = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+        there = [name for name in entries if not name.endswith(".tmp") and not name.startswith(PREFIX)]
         if not (path / "manifest.json").is_file():
             if there:
                 raise CotfaithError(f"{path} holds files but no run; choose a new or empty output folder.")
@@ -319,23 +323,48 @@ class RunDirectory:
             row["method"], _, row["note"] = row["method"].partition("; ")
         return [Estimate(**row) for row in rows]
 
-    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Replace the manifest in one move; numbers that are not finite become null."""
-        _write_json(self._manifest, manifest)
+    @contextmanager
+    def writing(self, shard: tuple[int, int] | None = None) -> Iterator[None]:
+        """Keep other processes from writing here; shards (number, of how many) let each other in, each number once.
+
+        What killed processes left half written is deleted. Raises CotfaithError where another process is writing.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(lock(self.path / PREFIX, shared=shard is not None))
+            if shard is None:
+                for folder in (self.path, self.path / "records", self.path / "figures"):
+                    for half_written in folder.glob(".*.tmp"):
+                        half_written.unlink()
+            else:
+                stack.enter_context(lock(self.path / f"{PREFIX}-shard-{shard[0]}-of-{shard[1]}"))
+            yield
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One shard at a time; the others wait."""
+        with lock(self.path / f"{PREFIX}-alone", wait=True):
+            yield
+
+    def update_manifest(self, changes: Mapping[str, Any]) -> None:
+        """Replace parts of the manifest in one move; numbers that are not finite become null."""
+        with lock(self.path / f"{PREFIX}-manifest", wait=True):
+            _write_json(self._manifest, self.read_manifest() | dict(changes))
 
     def pin(self, name: str, value: Any) -> None:
         """Write down what the run's numbers rest on, once; CotfaithError when it is something else by now.
 
         Units of other weights or other data would stand beside the old ones and be averaged with them.
         """
-        manifest = self.read_manifest()
-        pinned = manifest.get("pinned", {})
-        difference = _differing_key(pinned.get(name, _plain(value)), _plain(value), name)
-        if difference is not None:
-            raise CotfaithError(
-                f"{self.path} holds results of other inputs: {difference}; choose a new output folder or delete it."
-            )
-        self.write_manifest(manifest | {"pinned": pinned | {name: value}})
+        with lock(self.path / f"{PREFIX}-manifest", wait=True):
+            manifest = self.read_manifest()
+            pinned = manifest.get("pinned", {})
+            difference = _differing_key(pinned.get(name, _plain(value)), _plain(value), name)
+            if difference is not None:
+                raise CotfaithError(
+                    f"{self.path} holds results of other inputs: {difference}; choose a new output folder or delete it."
+                )
+            if name not in pinned:
+                _write_json(self._manifest, manifest | {"pinned": pinned | {name: value}})
 
     def read_manifest(self) -> dict[str, Any]:
         """Config, models with weight hashes, versions, seeds, device, checks; CotfaithError where it is not whole."""
@@ -399,7 +428,10 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise CotfaithError(f"Cannot write {path} ({error.strerror}); choose a folder you may write.") from error
+        remedy = "choose a folder you may write"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space and give the same command again, what was finished is kept"
+        raise CotfaithError(f"Cannot write {path} ({error.strerror}); {remedy}.") from error
 
 
 def _write_json(path: Path, value: Any) -> None:

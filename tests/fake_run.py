@@ -51,7 +51,7 @@ def write_fake_run(
             run.write_unit(f"{reader}-{chain['chain_id']}", records, _meta(reader, chain, hostile))
     run.write_estimates(list(_estimates()))
     run.add_exclusion(problem_id="p99", stage="generate", reason=f"the chain has no step {hostile}", reader="B")
-    run.write_manifest(_manifest(config, checks_pass) | {"disagreements": _disagreements(chains)})
+    run.update_manifest(_manifest(config, checks_pass) | {"disagreements": _disagreements(chains)})
     return run
 
 

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cotfaith_mech"
 
 ORDER = [
-    "errors interrupts markup",
+    "errors interrupts markup locks",
     "problems chains sites metrics stats answers certificate",
     "arithmetic organisms calculations paraphrase records formats",
     "edits datasets_io inspect_logs model interop",
@@ -30,8 +30,9 @@ ORDER = [
     "conclude",
     "authoring progress",
     "units",
+    "jobs",
     "study",
-    "validation plan",
+    "validation plan scale",
     "summary",
     "options execute",
     "cli",

@@ -43,7 +43,7 @@ def finished_run(path: Path, **options: Any) -> RunDirectory:
     ]
     model = [e for e in run.read_estimates() if e.name == primary_name(PRIMARY[0])]
     run.write_estimates([*run.read_estimates(), *(replace(e, name=name) for name in absent for e in model)])
-    run.write_manifest(
+    run.update_manifest(
         run.read_manifest() | {"config": config, "counts": counts, "paraphrases": made, "verdicts": verdicts}
     )
     return run
@@ -74,7 +74,7 @@ def test_a_failed_check_stands_in_the_summary(tmp_path: Path) -> None:
 def test_markup_in_names_stays_text(tmp_path: Path) -> None:
     run = finished_run(tmp_path)
     manifest = run.read_manifest()
-    run.write_manifest(manifest | {"conclusion": ["[red]x[/red] [/nothing]"]})
+    run.update_manifest(manifest | {"conclusion": ["[red]x[/red] [/nothing]"]})
     assert "[red]x[/red] [/nothing]" in screen(lambda console: print_summary(console, run))
 
 

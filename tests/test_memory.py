@@ -378,6 +378,6 @@ def test_the_manifest_says_how_much_memory_was_held(tmp_path: Path, monkeypatch:
     manifest = {"models": {"A": {"device": "cpu"}}}
     peaks = iter([{"resident": 2.5}, {"resident": 1.5, "cuda": 3.0}])
     monkeypatch.setattr(memory, "peak_memory_gb", lambda: next(peaks))
-    study._write_manifest(run, manifest)
-    study._write_manifest(run, manifest)
+    study.write_manifest(run, manifest)
+    study.write_manifest(run, manifest)
     assert json.loads((run.path / "manifest.json").read_text())["peak_memory_gb"] == {"resident": 2.5, "cuda": 3.0}

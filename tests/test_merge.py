@@ -116,7 +116,7 @@ def test_the_page_shows_differences_levels_and_what_was_not_run(tmp_path):
     runs = [kept(tmp_path, "answers <b>", seed, -0.5 + seed / 10) for seed in (1, 2)]
     for run in runs:
         manifest = run.read_manifest()
-        run.write_manifest(manifest | {"config": manifest["config"] | {"primary": ["filler/change"]}})
+        run.update_manifest(manifest | {"config": manifest["config"] | {"primary": ["filler/change"]}})
         run.write_chains([{"author": "supplied", "problem_id": "p"}])
         level = Estimate(NAME, "base/supplied", 9, 0.8, 0.7, 0.9, np.nan, "x")
         run.write_estimates([*run.read_estimates(), level])

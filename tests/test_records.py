@@ -210,7 +210,7 @@ def test_estimates_come_back(run):
 
 
 def test_manifest_is_strict_json(run):
-    run.write_manifest({"config": CONFIG, "checks": [{"value": np.inf, "n": np.int64(3)}]})
+    run.update_manifest({"config": CONFIG, "checks": [{"value": np.inf, "n": np.int64(3)}]})
     text = (run.path / "manifest.json").read_text()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["checks"] == [{"value": None, "n": 3}]
 
