@@ -29,6 +29,7 @@ from .options import (
     Template,
     complete_run,
     reader_of,
+    shard_of,
     study_of,
 )
 from .progress import shown
@@ -92,13 +93,24 @@ def demo(out: Out = Path("runs/demo"), dry_run: DryRun = False, quiet: Quiet = F
     \b
     Example: cotfaith demo
     """
-    study(Path(__file__).parent / "demo.yaml", out, dry_run, quiet, as_json)
+    from .config import load_config
+
+    execute(load_config(Path(__file__).parent / "demo.yaml"), out, dry_run, quiet, as_json)
 
 
 @app.command()
 def study(
     config: Annotated[Path, typer.Argument(help="YAML file with the whole study.")],
     out: Out = Path("runs/study"),
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: measure the I-th of N parts alone, as job arrays do; conclude nothing.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Measure on the workers of a Ray cluster: its address, auto, or local.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="With --ray: how many; default as many as there is room.")] = None,
+    cpus: Annotated[float, typer.Option(help="With --ray: cores of a worker.")] = 1,
+    gpus: Annotated[float, typer.Option(help="With --ray: GPUs of a worker, .5 say.")] = 0,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -108,10 +120,16 @@ def study(
     \b
     Example: cotfaith study study.yaml --dry-run
     Example: cotfaith study study.yaml --out runs/mine
+    Example: cotfaith study study.yaml --shard 3/16 && cotfaith study study.yaml
+    Example: cotfaith study study.yaml --ray auto --gpus 1
     """
     from .config import load_config
 
-    execute(load_config(config), out, dry_run, quiet, as_json)
+    if shard and ray:
+        raise CotfaithError("study got both --shard and --ray; give one, since Ray deals out the units itself.")
+    part = None if shard is None else shard_of(shard)
+    crew = None if ray is None else {"address": ray, "workers": workers, "cpus": cpus, "gpus": gpus}
+    execute(load_config(config), out, dry_run, quiet, as_json, part, crew)
 
 
 @app.command()

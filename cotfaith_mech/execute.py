@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -16,15 +17,33 @@ if TYPE_CHECKING:
     from .config import StudyConfig
 
 
-def execute(config: StudyConfig, out: Path, dry_run: bool, quiet: bool, as_json: bool) -> None:
-    """Run `config` in the run directory `out`, or with `dry_run` print what that would take."""
+def execute(
+    config: StudyConfig,
+    out: Path,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    shard: tuple[int, int] | None = None,
+    crew: Mapping[str, Any] | None = None,
+) -> None:
+    """Run `config` in the run directory `out`, or with `dry_run` print what that would take; a shard of it, or with a
+    `crew` (scale.Crew) on a Ray cluster."""
     if dry_run:
         show_plan(config, out, quiet, as_json)
         return
-    from .study import run_study
-
     with shown(quiet or as_json) as progress, resumable(out):
-        run = run_study(config, out, progress)
+        if crew is not None:
+            from .scale import Crew, run_study_on_ray
+
+            run = run_study_on_ray(config, out, Crew(**crew), progress)
+        else:
+            from .study import run_study
+
+            run = run_study(config, out, progress, shard)
+    if shard is not None:
+        told = {"run": str(run.path), "shard": shard[0] + 1, "of": shard[1], "units": run.n_units()}
+        typer.echo(json.dumps(told) if as_json else _told_of_shard(told, quiet))
+        return
     if as_json:
         manifest = run.read_manifest()
         summary = {key: manifest.get(key) for key in ("counts", "checks", "conclusion", "timings")}
@@ -38,6 +57,15 @@ def execute(config: StudyConfig, out: Path, dry_run: bool, quiet: bool, as_json:
         from .summary import print_summary
 
         print_summary(Console(), run)
+
+
+def _told_of_shard(told: Mapping[str, Any], quiet: bool) -> str:
+    if quiet:
+        return told["run"]
+    return (
+        f"Shard {told['shard']} of {told['of']} is measured; {told['run']} holds {told['units']} units. When all are "
+        "done, the same command without --shard concludes."
+    )
 
 
 def show_plan(config: StudyConfig, out: Path, quiet: bool, as_json: bool, *, measure: bool = True) -> None:

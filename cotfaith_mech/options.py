@@ -103,6 +103,14 @@ def study_of(
     )
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """'3/16' as (2, 16): the number from 0, and of how many."""
+    number, slash, n = text.partition("/")
+    if not (slash and number.isdecimal() and n.isdecimal() and 1 <= int(number) <= int(n)):
+        raise CotfaithError(f"--shard is {text!r}; write I/N with I from 1 to N, as 3/16.")
+    return int(number) - 1, int(n)
+
+
 def reader_of(spec: str, mechanism: bool) -> dict[str, Any]:
     """NAME=MODEL, NAME=MODEL+ADAPTER or NAME=MODEL@URL as a reader of a study."""
     name, equals, model = spec.partition("=")
