@@ -77,9 +77,18 @@ class Chain:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Chain:
-        """Inverse of `to_json`; keys that are no field are ignored."""
+        """Inverse of `to_json`; keys that are no field are ignored. CotfaithError where one is absent or no text."""
         fields = ("problem_id", "author", "prompt", "cue", "answer", "variant")
-        return cls(**{name: row[name] for name in fields}, steps=tuple(row["steps"]))
+        texts, steps = {name: row.get(name) for name in fields}, row.get("steps")
+        spoilt = next((name for name, text in texts.items() if not isinstance(text, str)), None)
+        if not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
+            spoilt = "steps"
+        if spoilt is not None:
+            raise CotfaithError(
+                f"The chain of problem {row.get('problem_id')!r} has {row.get(spoilt)!r:.60} as its {spoilt}, and text "
+                "is expected; delete its line of chains.jsonl and run again."
+            )
+        return cls(**texts, steps=tuple(steps))  # pyright: ignore[reportArgumentType]
 
     def _repr_html_(self) -> str:
         return chain_markup(self.prompt, self.steps, self.cue, self.answer)

@@ -119,7 +119,7 @@ def _file_entries(path: Path) -> list[Entry]:
         return _csv_entries(text, path)
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         whole = None
     if is_log(whole):
         return read_log(path)
@@ -134,7 +134,10 @@ def _file_entries(path: Path) -> list[Entry]:
 
 def _csv_entries(text: str, path: Path) -> list[Entry]:
     """Rows below the header; a row of another length than the header is a fault."""
-    rows = list(csv.reader(StringIO(text, newline="")))
+    try:
+        rows = list(csv.reader(StringIO(text, newline="")))
+    except csv.Error as error:
+        raise CotfaithError(f"{path} is no CSV that can be read ({error}); give JSONL, or shorter fields.") from error
     if len(rows) < 2:
         raise CotfaithError(f"{path} has no row below a header; give the column names in the first row.")
     entries = []
@@ -158,6 +161,10 @@ def _line_entries(text: str, path: Path) -> list[Entry]:
             entries.append(_entry(place, problem_id, json.loads(line)))
         except json.JSONDecodeError as error:
             entries.append(Entry(place, problem_id, None, f"not JSON ({error.msg}, column {error.colno})"))
+        except RecursionError:
+            entries.append(Entry(place, problem_id, None, "nested too deep to be read"))
+        except ValueError as error:
+            entries.append(Entry(place, problem_id, None, f"not to be read ({error})"))
     if not entries:
         raise CotfaithError(f"{path} is empty; give one JSON object a line.")
     if all(entry.row is None for entry in entries):

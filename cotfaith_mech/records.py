@@ -255,7 +255,7 @@ class RunDirectory:
         kept = self.path / "records" / _KEPT_META
         if kept.is_file():
             return json.loads(gzip.decompress(kept.read_bytes()))
-        return [json.loads(_parquet_schema(path).metadata[_META_KEY]) for path in self._units()]
+        return [_unit_meta(path) for path in self._units()]
 
     def compacted(self, path: str | Path, without: Sequence[str] = ()) -> RunDirectory:
         """A copy in `path`, all records in one file, a tenth of the size: to keep, draw and conclude from again, not
@@ -369,8 +369,11 @@ class RunDirectory:
     def read_manifest(self) -> dict[str, Any]:
         """Config, models with weight hashes, versions, seeds, device, checks; CotfaithError where it is not whole."""
         try:
-            return json.loads(self._manifest.read_text("utf-8"))
-        except ValueError as error:
+            manifest = json.loads(self._manifest.read_text("utf-8"))
+            if isinstance(manifest, dict):
+                return manifest
+            raise ValueError("it holds no object")
+        except (ValueError, RecursionError) as error:
             raise CotfaithError(f"{self._manifest} is not whole JSON ({error}); delete it and run again.") from error
 
 
@@ -448,23 +451,36 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise CotfaithError(f"{path} does not exist; run the study that writes it first.")
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            rows.append(json.loads(line.decode()))
+        except (ValueError, RecursionError) as error:
             raise CotfaithError(
-                f"{path} line {number} is not JSON ({error}); delete the file and run again."
+                f"{path} line {number} is not JSON ({error}); delete the line and run again."
             ) from error
+        if not isinstance(rows[-1], dict):
+            raise CotfaithError(f"{path} line {number} holds no JSON object; delete the line and run again.")
     return rows
 
 
 def _parquet_schema(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CotfaithError(f"{path} is not a whole parquet file ({error}); delete it and run again.") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _not_whole(path, error) from error
+
+
+def _unit_meta(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((_parquet_schema(path).metadata or {})[_META_KEY])
+    except (KeyError, ValueError) as error:
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: Path, error: Exception) -> CotfaithError:
+    return CotfaithError(f"{path} is not a whole parquet file ({error}); delete it and run again.")
 
 
 def _read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
@@ -474,6 +490,8 @@ def _read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
     if found.names != schema.names:
         raise CotfaithError(f"{path} has columns {found.names}, expected {schema.names}; delete it and run again.")
     try:
-        return pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CotfaithError(f"{path} is not a whole parquet file ({error}); delete it and run again.") from error
+        table = pq.read_table(path)
+        table.validate(full=True)
+        return table
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _not_whole(path, error) from error
