@@ -16,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from .contrast import AnswerContrast
+from .errors import check_words
 from .measured import Measured
 from .reading import Trunk
 from .sites import ActivationEdit, Site
@@ -41,6 +42,10 @@ class KnockoutPlan:
     kinds: tuple[Kind, ...] = ("masked",)
     random_draws: int = 2
     window: int = 5
+
+    def __post_init__(self) -> None:
+        check_words("edges", self.edges, get_args(Edges))
+        check_words("kinds", self.kinds, get_args(Kind))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from torch import Tensor
 from . import edits
 from .chains import Chain, TokenSpans, token_spans
 from .contrast import AnswerContrast
-from .errors import CotfaithError
+from .errors import CotfaithError, check_words
 from .interop import CacheSource, NamedActivations
 from .measured import Measured
 from .model import CachedRun
@@ -69,6 +69,9 @@ class PatchPlan:
     window: int = 1
 
     def __post_init__(self) -> None:
+        check_words("directions", self.directions, get_args(Direction))
+        check_words("kinds", self.kinds, get_args(SiteKind))
+        check_words("sources", self.sources or (), get_args(Source))
         for name in ("layers", "directions", "kinds", "parts", "sources"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(dict.fromkeys(values)))

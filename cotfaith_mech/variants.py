@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from . import edits
 from .answers import numbers, same_answer, states_answer
 from .chains import Chain
+from .errors import check_words
 from .paraphrasers import Paraphrases
 from .problems import Problem
 from .records import CONTINUED, WITHOUT_ANSWER_STEPS
@@ -46,6 +47,10 @@ class BehaviourPlan:
     continue_tokens: int = 0
     temperature: float = 0.0
     equal_length: bool = False
+
+    def __post_init__(self) -> None:
+        check_words("tests", self.tests, get_args(Test))
+        check_words("battery", (self.battery,), get_args(Battery))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -69,6 +70,58 @@ def test_the_lists_of_names_agree() -> None:
     assert cm.__all__ == sorted(cm._HOMES) == dir(cm)
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         _ = cm.lod
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "told"),
+    [
+        (
+            KnockoutPlan,
+            {"edges": ("step", "steps")},
+            "edges has 'steps', which is none of step, random, later, joint, chain, question, matrix, heads, windows; "
+            "did you mean 'step'?",
+        ),
+        (
+            KnockoutPlan,
+            {"kinds": ("foo",)},
+            "kinds has 'foo', which is none of masked, zeroed; use one of these.",
+        ),
+        (
+            KnockoutPlan,
+            {"edges": "step"},
+            "edges is the text 'step', where several words are expected; write ('step',).",
+        ),
+        (
+            BehaviourPlan,
+            {"tests": ("filer",)},
+            "tests has 'filer', which is none of early_termination, filler, paraphrase, mistake, shuffle, swap, "
+            "conflict; did you mean 'filler'?",
+        ),
+        (BehaviourPlan, {"battery": "ful"}, "battery has 'ful', which is none of core, full; did you mean 'full'?"),
+        (
+            PatchPlan,
+            {"directions": ("noisee",)},
+            "directions has 'noisee', which is none of noise, denoise; did you mean 'noise'?",
+        ),
+        (
+            PatchPlan,
+            {"kinds": ("resid",)},
+            "kinds has 'resid', which is none of resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, "
+            "pattern; did you mean 'resid_pre'?",
+        ),
+        (
+            PatchPlan,
+            {"sources": ("twins",)},
+            "sources has 'twins', which is none of twin, twin_step, filler, other, mean; did you mean 'twin'?",
+        ),
+    ],
+)
+def test_a_misspelt_word_of_a_plan_is_refused(plan: type, options: dict[str, Any], told: str, monkeypatch: Any) -> None:
+    """As users run it, without the type checks of the tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(CotfaithError) as refused:
+        plan(**options)
+    assert str(refused.value) == told
 
 
 def public_functions(thing: Any) -> list[tuple[str, Any]]:
