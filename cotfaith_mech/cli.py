@@ -27,6 +27,7 @@ from .options import (
     Readers,
     Seed,
     Template,
+    Version,
     complete_run,
     reader_of,
     shard_of,
@@ -82,6 +83,11 @@ def _tell_of_bug(kind: type[BaseException], error: BaseException, _: Any) -> Non
         err=True,
     )
     raise SystemExit(2)
+
+
+@app.callback()
+def _before_the_verb(version: Version = False) -> None:
+    pass
 
 
 @app.command()

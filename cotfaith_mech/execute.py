@@ -76,7 +76,10 @@ def show_plan(config: StudyConfig, out: Path, quiet: bool, as_json: bool, *, mea
         plan = plan_study(config, out, measure=measure, progress=progress)
     if as_json:
         typer.echo(json.dumps(asdict(plan)))
-    elif not quiet:
+    elif quiet:
+        to_do = sum(part.units - part.finished for part in plan.parts)
+        typer.echo(f"{to_do} units to do, {plan.seconds:.0f} s, {plan.memory_gb:.1f} GB")
+    else:
         from rich.console import Console
 
         from .summary import print_plan

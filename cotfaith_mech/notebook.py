@@ -105,11 +105,16 @@ def _of_chain(results: Results, chain: Chain, reader: str | None) -> tuple[Table
     rows = table(results)
     rows = rows[rows["chain_id"] == chain.chain_id]
     readers = sorted(set(rows["reader"]))
+    if not readers:
+        raise CotfaithError(
+            f"The results hold nothing of chain {chain.chain_id} of problem {chain.problem_id!r}; "
+            "measure it, or give the chain that was measured."
+        )
     if reader is None and len(readers) == 1:
         (reader,) = readers
     if reader not in readers:
         raise CotfaithError(
             f"The results hold chain {chain.chain_id} of problem {chain.problem_id!r} as read by "
-            f"{', '.join(readers) or 'nobody'}, and reader={reader!r} was asked for; name one of these readers."
+            f"{', '.join(readers)}, and reader={reader!r} was asked for; name one of these readers."
         )
     return rows[rows["reader"] == reader], str(reader)

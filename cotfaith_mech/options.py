@@ -46,11 +46,26 @@ def complete_run(incomplete: str) -> list[str]:
     return [run for run in runs if run.startswith(incomplete)]
 
 
+def _tell_version(asked: bool) -> bool:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"cotfaith {__version__}")
+        raise typer.Exit
+    return asked
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and leave.")
+]
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Run directory; a rerun resumes it.", autocompletion=complete_run)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines; no progress.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table, only where the result is.")]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress and no table, only where the result is; one line of a dry run."),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print counts, forwards, time and memory of what is to do; load no weights.")
 ]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def test_the_lists_of_names_agree() -> None:
     }
     assert typed == cm._HOMES
     assert cm.__all__ == sorted(cm._HOMES) == dir(cm)
+    assert cm.__version__ == metadata.version("cotfaith-mech")
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         _ = cm.lod
 
@@ -401,8 +403,11 @@ def test_views_say_what_there_is_when_something_is_not(tmp_path: Path) -> None:
     chain = Chain.from_json(run.read_chains()[0])
     with pytest.raises(CotfaithError, match="read by A, B, C, and reader=None"):
         cm.heatmap(run, chain)
-    with pytest.raises(CotfaithError, match="read by nobody"):
-        cm.heatmap(run, replace(chain, cue=" Else"), reader="A")
+    other = replace(chain, cue=" Else")
+    nothing = f"The results hold nothing of chain {other.chain_id} of problem {chain.problem_id!r}; measure it, or give"
+    for view, results, asked in ((cm.heatmap, run, "A"), (cm.heatmap, [], None), (cm.chain_view, [], None)):
+        with pytest.raises(CotfaithError, match=nothing):
+            view(results, other, reader=asked)
     with pytest.raises(CotfaithError, match=r"no patch 'noise/z' of this chain, but denoise, noise;"):
         cm.heatmap(run, chain, "noise/z", "A")
     with pytest.raises(

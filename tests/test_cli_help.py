@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,10 @@ def test_the_programs_help_says_what_it_is_for_and_how_to_begin() -> None:
     assert "Example: cotfaith demo" in shown
     assert {verb for verb in VERBS if f"\n  {verb} " in shown} == set(VERBS)
     assert errors == ["LOADED []"]
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert cotfaith("--version") == (0, f"cotfaith {metadata.version('cotfaith-mech')}\n", ["LOADED []"])
 
 
 def test_without_a_verb_there_is_help_and_an_unknown_one_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -137,3 +138,10 @@ def test_a_dry_run_in_json_names_counts_time_and_memory(cotfaith: Any, tmp_path:
     assert plan["parts"][0]["records"].keys() == {"baseline", "filler", "knockout"}
     assert plan["seconds"] > plan["parts"][0]["seconds"] > 0
     assert not out.exists()
+
+
+def test_a_quiet_dry_run_is_one_line(cotfaith: Any, tmp_path: Path) -> None:
+    path = write_tiny_study(tmp_path, 3, tests=["filler"], mechanisms=["knockout"])
+    shown, errors = cotfaith("study", str(path), "-o", str(tmp_path / "run"), "--dry-run", "--quiet")
+    assert re.fullmatch(r"3 units to do, \d+ s, \d+\.\d GB\n", shown)
+    assert errors.count("Error") == 0
