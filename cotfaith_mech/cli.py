@@ -29,7 +29,7 @@ from .options import (
     Template,
     Version,
     complete_run,
-    reader_of,
+    paraphraser_of,
     shard_of,
     study_of,
 )
@@ -225,7 +225,7 @@ def run_tests(
         "battery": "full" if full else "core",
         "continue_tokens": continue_tokens,
         "equal_length": equal_length,
-        "paraphraser": reader_of(paraphraser, False) if "=" in paraphraser else paraphraser,
+        "paraphraser": paraphraser_of(paraphraser),
         "generation": {"temperature": temperature},
         "template": template,
         "min_label_mass": min_label_mass,

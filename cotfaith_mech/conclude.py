@@ -12,7 +12,7 @@ import pandas as pd
 
 from .bridge import bridge
 from .compare import conclusions, estimates_of, verdicts
-from .config import parse_config
+from .config import keys_of, parse_config
 from .errors import CotfaithError
 from .figures import draw_figures
 from .paraphrasers import Paraphrases, tally
@@ -45,7 +45,7 @@ def conclude(run: RunDirectory, progress: Progress = silent) -> Path:
 def estimate(run: RunDirectory) -> None:
     """Estimates and bridge from the records, with the checks, counts and conclusions they give to the manifest."""
     manifest = run.read_manifest()
-    config = parse_config(manifest["config"])
+    config = parse_config(manifest["config"], keys_of(f"The study in {run.path / 'manifest.json'}"))
     records, chains = run.read_records(), run.read_chains()
     if records.empty:
         raise CotfaithError(f"{run.path} holds no records: {why_empty(run)}.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
+import re
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from .errors import CotfaithError
+from .errors import CotfaithError, nearest
 from .patching import Direction, PatchPlan, Source
 from .sites import SiteKind
 from .variants import Battery, BehaviourPlan, Test
@@ -194,27 +197,123 @@ class StudyConfig(_Strict):
         return self
 
 
+class _OnceEach(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice: the first would be lost without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if first := lines.get(key.value):
+                    raise yaml.YAMLError(f"the key {key.value!r} stands twice, in lines {first} and {line}; keep one")
+                lines[key.value] = line
+        return node
+
+
 def load_config(path: str | Path) -> StudyConfig:
-    """Read a YAML study; an unknown key is an error that names the nearest one."""
+    """Read a YAML study; CotfaithError names the file and, as of `parse_config`, each key that is wrong."""
     try:
-        data = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        data = _OnceEach(Path(path).read_text(encoding="utf-8")).get_single_data()
+    except UnicodeDecodeError as error:
+        raise CotfaithError(
+            f"{str(path)!r} is no text in UTF-8 (see its byte {error.start}); give a YAML file, saved as UTF-8."
+        ) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise CotfaithError(f"Cannot read the study {str(path)!r}: {error}.") from error
     if not isinstance(data, dict):
         raise CotfaithError(f"{str(path)!r} holds no mapping of keys; begin with 'readers:' and 'problems:'.")
-    return parse_config(data)
+    return parse_config(data, keys_of(f"Study {str(path)!r}"))
 
 
-def parse_config(data: dict[str, Any]) -> StudyConfig:
-    """The study that `data` (a study file's content) describes; CotfaithError names each key that is wrong."""
+Place = tuple[str | int, ...]
+"""Keys and numbers that lead to a value of a study."""
+
+
+def keys_of(source: str) -> Callable[[Place], str]:
+    """How an error calls a key of `source`, or without a key the whole."""
+    return lambda place: f"{source}: key {'.'.join(map(str, place))!r}" if place else source
+
+
+_keys_of_study = keys_of("Study")
+
+
+def parse_config(data: dict[str, Any], name: Callable[[Place], str] = _keys_of_study) -> StudyConfig:
+    """The study that `data` (a study file's content) describes; CotfaithError says what is wrong, and at which key, as
+    `name` calls it."""
     try:
         return StudyConfig.model_validate(data)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        where = ".".join(str(part) for part in first["loc"])
-        known = [name for part in (StudyConfig, ReaderConfig, GenerationConfig) for name in part.model_fields]
-        near = difflib.get_close_matches(where.rpartition(".")[2], known, 1)
-        hint = f"; did you mean {near[0]!r}?" if first["type"] == "extra_forbidden" and near else ""
-        raise CotfaithError(
-            f"Study{f' key {where!r}' if where else ''}: {first['msg'].removeprefix('Value error, ')}{hint}."
-        ) from error
+        found = [(_place(data, one), one) for one in error.errors()]
+        place, first = min(found, key=lambda one: (one[1]["type"] not in _UNKNOWN, -len(one[0])))
+        told = _told(place, first, [one for at, one in found if at == place])
+        raise CotfaithError(f"{name(place)}{told}{'' if told.endswith('?') else '.'}") from error
+
+
+def _place(data: Any, error: ErrorDetails) -> Place:
+    """Where in `data` it is: pydantic's place without the types that it tried there."""
+    place: list[str | int] = []
+    for part in error["loc"]:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        place.append(part)
+    return (*place, error["loc"][-1]) if error["type"] == "missing" else tuple(place)
+
+
+_LEVELS: dict[str, type[_Strict]] = {
+    "at the top of the study": StudyConfig,
+    "under 'readers'": ReaderConfig,
+    "under 'generation'": GenerationConfig,
+}
+_UNKNOWN = ("extra_forbidden", "invalid_key")
+_EXPECTED = {
+    "literal_error": "{expected}",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list that is not empty",
+    "string_too_short": "text that is not empty",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of keys",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+}
+"""What pydantic expected, by the type of its error, in the words of a study file."""
+
+
+def _told(place: Place, first: ErrorDetails, here: Sequence[ErrorDetails]) -> str:
+    """What is wrong at a place, and the remedy; `here` are all errors there, one for each type that was tried."""
+    if first["type"] == "value_error":
+        return f": {first['msg'].removeprefix('Value error, ')}"
+    if first["type"] == "missing":
+        return " is missing and required; add it"
+    if first["type"] in _UNKNOWN:
+        key, inner = str(place[-1]), GenerationConfig if place[0] == "generation" else ReaderConfig
+        level = inner if len(place) > 1 else StudyConfig
+        home = next((where for where, other in _LEVELS.items() if key in other.model_fields), None)
+        hint = f"; it belongs {home}" if home else nearest(key, level.model_fields)
+        return f" is unknown{hint}" if hint else f" is unknown; use {', '.join(level.model_fields)}"
+    value = first["input"]
+    words = [word for one in here for word in re.findall("'([^']*)'", one.get("ctx", {}).get("expected", ""))]
+    expected = dict.fromkeys(_expected(one) for one in here)
+    shown = "empty" if value is None else textwrap.shorten(repr(value), 60, placeholder=" …")
+    return (
+        f" is {shown}, but should be {' or '.join(expected)}{nearest(value, words) if isinstance(value, str) else ''}"
+    )
+
+
+def _expected(error: ErrorDetails) -> str:
+    context = error.get("ctx", {})
+    if error["type"] == "model_type":
+        keys = next(list(level.model_fields) for level in _LEVELS.values() if level.__name__ == context["class_name"])
+        return f"a mapping of keys such as {keys[0]} and {keys[1]}"
+    known = _EXPECTED.get(error["type"])
+    return known.format(**context) if known else error["msg"].removeprefix("Input should be ")

