@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,15 +85,19 @@ def _bridges(records: Any, chains: Any, names: Sequence[str], several: bool, see
     return estimates, pd.concat(disagreements, ignore_index=True)
 
 
+_STAGES = ("few_shot", "read", "paraphrase", "edit", "chain", "measure")
+"""Of exclusions, by how well their reasons tell why nothing was measured at all: the last best."""
+
+
 def why_empty(run: RunDirectory) -> str:
-    """The first reason something was left out, or the command that would fill the run."""
-    reasons = [row["reason"] for row in run.read_exclusions() if row["problem_id"] != ALL]
-    more = f" (and {len(reasons) - 1} more in exclusions.jsonl)" if len(reasons) > 1 else ""
-    return (
-        f"{reasons[0].rstrip('.')}{more}"
-        if reasons
-        else "give its chains.jsonl to `cotfaith test -p`, or run the study again"
-    )
+    """The most frequent reason of the stage that decided it, or the command that would fill the run."""
+    rows = [row for row in run.read_exclusions() if row["problem_id"] != ALL]
+    if not rows:
+        return "give its chains.jsonl to `cotfaith test -p`, or run the study again"
+    found = Counter((row["stage"], row["reason"]) for row in rows)
+    stage, reason = max(found, key=lambda one: (one[0] in _STAGES and _STAGES.index(one[0]), found[one]))
+    n = found[stage, reason]
+    return reason.rstrip(".") + (f" ({n} of {len(rows)} exclusions)" if len(rows) > 1 else "")
 
 
 COMPLETENESS = {"float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}

@@ -43,12 +43,17 @@ def load(config: StudyConfig, reader: ReaderConfig) -> TextReader:
         dtype=config.dtype,
         keep_on_cpu=config.keep_on_cpu,
     )
-    n_layers = model.info.n_layers
-    if absent := [layer for layer in config.patch_layers or () if not 0 <= layer < n_layers]:
+    check_layers(config, reader, model)
+    return model
+
+
+def check_layers(config: StudyConfig, reader: ReaderConfig, model: TextReader) -> None:
+    """Raises CotfaithError where layers are to be patched that the reader's model does not have."""
+    n_layers = getattr(model.info, "n_layers", None)
+    if n_layers and (absent := [layer for layer in config.patch_layers or () if not 0 <= layer < n_layers]):
         raise CotfaithError(
             f"patch_layers names {absent}, but {reader.name!r} has layers 0 to {n_layers - 1}; name these."
         )
-    return model
 
 
 class ReaderJob:

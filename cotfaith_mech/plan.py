@@ -31,6 +31,7 @@ from .config import ReaderConfig, StudyConfig
 from .crossmodel import BASE, TUNED, Pair, measure_cross_model
 from .endpoint import AskedChain, Endpoint, Reply, Request
 from .errors import CotfaithError
+from .jobs import check_layers
 from .paraphrasers import by_model
 from .problems import Problem
 from .reading import ChainReader, Trunk
@@ -38,7 +39,7 @@ from .records import Record, RunDirectory, unit_id
 from .study import begin
 from .units import Unit, donors_of, measured_of, units_of
 
-SAMPLED = 4
+SAMPLED, REASONS = 4, 5
 SHARE = 0.8
 """Of the rate of large matrix products, what the engine reaches in patching (`cotfaith bench`: .8 to .97)."""
 LOAD_SECONDS, CHECK_SECONDS, CONCLUDE_SECONDS = 4.0, 18.0, 12.0
@@ -76,13 +77,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to do: `chains` are all that will be read, `to_write` those that a reader has yet to write."""
+    """What is to do: `chains` are all that will be read, `to_write` those that a reader has yet to write. `reasons` of
+    the exclusions, at most REASONS of them, with how often each was given, the most frequent first."""
 
     run: str
     problems: int
     chains: int
     to_write: int
     exclusions: int
+    reasons: dict[str, int]
     parts: tuple[Part, ...]
     seconds: float
     memory_gb: float
@@ -110,12 +113,14 @@ def plan_study(config: StudyConfig, out: Path, *, measure: bool = True, progress
             for reader in progress(config.readers, "count"):
                 planner.measure(reader)
             planner.cross()
+        reasons = Counter(row["reason"] for row in run.read_exclusions())
         return Plan(
             run=str(out),
             problems=len(problems),
             chains=len(run.read_chains()),
             to_write=to_write,
-            exclusions=len(run.read_exclusions()),
+            exclusions=reasons.total(),
+            reasons=dict(reasons.most_common(REASONS)),
             parts=tuple(planner.parts),
             seconds=sum(part.seconds for part in planner.parts) + CONCLUDE_SECONDS * measure,
             memory_gb=max((part.memory_gb for part in planner.parts), default=0.0),
@@ -149,7 +154,9 @@ class _Planner:
             endpoint.tally = Tally()
             return endpoint
         pinned = self.run.read_manifest()["pinned"].get(f"reader {reader.name}", {"weights": "not loaded"})
-        return load_counted(reader.model, reader.adapter, self.config.dtype, self.device, pinned["weights"])
+        model = load_counted(reader.model, reader.adapter, self.config.dtype, self.device, pinned["weights"])
+        check_layers(self.config, reader, model)
+        return model
 
     def write(self) -> int:
         """Chains of every author, placeholders where a reader is to write them; how many of these."""

@@ -91,6 +91,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     console.print(
         f"{plan.problems} problems, {plan.chains} chains ({plan.to_write} to be written), {plan.exclusions} exclusions",
     )
+    for reason, n in plan.reasons.items():
+        console.print(f"- left out, {n} x: {reason}", style="dim", highlight=False, markup=False)
     table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("units", "finished", "forwards", "records", "TFLOP", "time", "GB"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 from cotfaith_mech import cli
+from cotfaith_mech.conclude import ALL, why_empty
 from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.records import RunDirectory
 
 from .tiny import tiny
 from .tiny_study import write_rows, write_tiny_model, write_tiny_study
@@ -206,8 +208,45 @@ def test_output_that_cannot_be_written(cotfaith: Cotfaith, tmp_path: Path) -> No
 
 def test_problems_without_chains(cotfaith: Cotfaith, tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model")
-    Path("bare.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "4"}))
-    refused(cotfaith("test", "-r", "A=model/", "-p", "bare.jsonl"), "comes without a chain", "--generate")
+    """The bad line, which is the first exclusion, is not why there is nothing."""
+    rows = ["no JSON", *(json.dumps({"question": f"2 + {i}?", "answer": str(2 + i)}) for i in range(2))]
+    Path("bare.jsonl").write_text("\n".join(rows))
+    told = (
+        "runs/test holds no records: the problem comes without a chain; use --generate, or chains: generate (2 of 3 "
+        "exclusions)."
+    )
+    refused(cotfaith("test", "-r", "A=model/", "-p", "bare.jsonl"), told)
+    code, shown = cotfaith("test", "-r", "A=model/", "-p", "bare.jsonl", "-o", "other", "--dry-run")
+    assert (code, "2 problems, 0 chains (0 to be written), 3 exclusions" in shown) == (0, True), shown
+    reasons = " ".join(shown.split())
+    assert "- left out, 2 x: the problem comes without a chain; use --generate, or chains: generate - left" in reasons
+    assert "- left out, 1 x: line 1: not JSON" in reasons
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_layers_that_the_model_lacks(cotfaith: Cotfaith, tmp_path: Path, dry: tuple[str]) -> None:
+    write_tiny_model(tmp_path / "model")
+    told = "patch_layers names [99], but 'A' has layers 0 to 3; name these."
+    refused(cotfaith("patch", "-r", "A=model/", "-p", "people:1", "--layer", "99", *dry), told)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([], "give its chains.jsonl to `cotfaith test -p`, or run the study again"),
+        ([("read", "bad line.")], "bad line"),
+        ([("read", "a"), ("read", "b"), ("read", "b")], "b (2 of 3 exclusions)"),
+        ([("measure", "not answered"), ("chain", "none"), ("chain", "none")], "not answered (1 of 3 exclusions)"),
+        ([("read", "a"), ("edit", "c"), ("chain", "none"), ("edit", "c")], "none (1 of 4 exclusions)"),
+    ],
+)
+def test_why_a_run_is_empty_is_told_by_its_last_stage(tmp_path: Path, rows: list[tuple[str, str]], told: str) -> None:
+    run = RunDirectory.create(tmp_path / "run", {})
+    run.add_exclusion(problem_id=ALL, stage="measure", reason="of all")
+    run.add_exclusions(
+        {"problem_id": f"p{i}", "stage": stage, "reason": reason} for i, (stage, reason) in enumerate(rows)
+    )
+    assert why_empty(run) == told
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -82,10 +82,11 @@ def test_markup_in_names_stays_text(tmp_path: Path) -> None:
 def test_the_plan_fits_one_screen() -> None:
     records = {"attribution": 103776, "early_termination": 1680, "attribution_patching": 5, "knockout": 1728}
     part = Part("reader A", 16, 4, records, {"edited texts": 1704, "base runs": 2}, 1.02e13, 0, 610.0, 2.4)
-    plan = Plan("runs/demo", 16, 16, 0, 1, (part,) * 4, 2500.0, 2.4, ("It rests on this.",) * 4)
+    plan = Plan("runs/demo", 16, 16, 0, 1, {"too long": 1}, (part,) * 4, 2500.0, 2.4, ("It rests on this.",) * 4)
     lines = screen(lambda console: print_plan(console, plan))
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
+    assert lines[:2] == ["16 problems, 16 chains (0 to be written), 1 exclusions", "- left out, 1 x: too long"]
     shown = " ".join(" ".join(lines).split())
     assert "reader A 16 4 1,706 107,189 10.2 10 min 2.4" in shown
     assert "Forwards: edited texts 6,816, base runs 8" in shown

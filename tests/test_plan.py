@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -49,6 +50,22 @@ def test_units_and_records_are_those_of_the_study(tmp_path: Path, monkeypatch: A
     assert of_reader(plan, "reader A").units == len(run.read_unit_meta()) == 3
     assert (plan.problems, plan.chains, plan.exclusions) == (3, len(run.read_chains()), 1)
     assert of_reader(plan, "reader A").records == counts(run)
+
+
+def test_reasons_of_exclusions_are_counted_the_most_frequent_five(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", 1)
+    good = (tmp_path / "rows.jsonl").read_text()
+    bare = [json.dumps({"question": f"1 + {i}?", "answer": str(i + 1)}) for i in range(3)]
+    config = load_config(write_tiny_study(tmp_path, 1, tests=["filler"], mechanisms=[]))
+    (tmp_path / "rows.jsonl").write_text("\n".join([*["no JSON"] * 7, *bare, good]))
+    plan = plan_study(config, tmp_path / "run")
+    assert (plan.problems, plan.chains, plan.exclusions) == (4, 1, 10)
+    assert next(iter(plan.reasons.items())) == (
+        "the problem comes without a chain; use --generate, or chains: generate",
+        3,
+    )
+    assert list(plan.reasons.values()) == [3, 1, 1, 1, 1]
+    assert list(plan.reasons)[1].startswith("line 1: not JSON")
 
 
 def test_a_folder_that_the_study_would_refuse_is_refused_by_its_plan(tmp_path: Path) -> None:
