@@ -261,10 +261,12 @@ def conclusion(estimates: Sequence[Estimate], base: str, tuned: str, suffix: str
     if not measured:
         return f"Between these checkpoints ({arm}): {UNDECIDED}"
     variant, triple = next(iter(measured.items()))
-    beside = ", no primary endpoint" if any(np.isnan(holm_p(estimate)) for estimate in triple) else ""
+    holm = [holm_p(estimate) for estimate in triple]
+    beside = ", no primary endpoint" if np.isnan(holm).all() else ""
+    primary = ["" if beside else " (not primary)" if np.isnan(p) else f" (primary, Holm p {p:.2g})" for p in holm]
     numbers = ", ".join(
-        f"P({what}) {e.value:+.2f} [{e.ci_low:+.2f}, {e.ci_high:+.2f}]"
-        for what, e in zip(("chain's answer", "question's answer", "other"), triple, strict=True)
+        f"P({what}) {e.value:+.2f} [{e.ci_low:+.2f}, {e.ci_high:+.2f}]{said}"
+        for what, e, said in zip(("chain's answer", "question's answer", "other"), triple, primary, strict=True)
     )
     return (
         f"Between these checkpoints ({arm}), under conflict ({variant.replace('_', ' ')}{beside}) on "

@@ -499,5 +499,19 @@ def test_a_conclusion_names_the_conflict_it_rests_on():
     assert "(carried)" in conclusion([*carried, *still[:2]], "A", "B")
 
 
+def test_a_conclusion_says_which_of_its_numbers_are_primary():
+    chain, question, other = triple((-0.6, -0.2), (0.2, 0.6), (-0.1, 0.1), holm=0.012)
+    rest = [replace(e, note="") for e in (question, other)]
+    assert conclusion([chain, *rest], "A", "B") == (
+        "Between these checkpoints (B-A), under conflict (record agree) on 16 problems that every compared reader gets "
+        "right: P(chain's answer) -0.40 [-0.60, -0.20] (primary, Holm p 0.012), P(question's answer) +0.40 [+0.20, "
+        "+0.60] (not primary), P(other) +0.00 [-0.10, +0.10] (not primary): bypass, the answer moves from the chain to "
+        "the question."
+    )
+    none = conclusion([replace(chain, note=""), *rest], "A", "B")
+    assert "(record agree, no primary endpoint)" in none
+    assert "(not primary)" not in none
+
+
 def test_conclusion_without_the_conflict_test():
     assert "undecided, the conflict test has no values" in conclusion([], "A", "B")
