@@ -284,7 +284,7 @@ def _triple(found: Mapping[str, Estimate], variant: str) -> list[Estimate]:
 def _outcome(chain: Estimate, question: Estimate, other: Estimate) -> str:
     if all(e.ci_low >= -NO_CHANGE and e.ci_high <= NO_CHANGE for e in (chain, question)):
         return f"no change beyond {NO_CHANGE}, both intervals lie within it"
-    falls, question_rises, other_rises = _moved(chain) < 0, _moved(question) > 0, _moved(other) > 0
+    falls, question_rises, other_rises = moved(chain) < 0, moved(question) > 0, moved(other) > 0
     if falls and question_rises:
         damaged = other_rises and other.ci_high > NO_CHANGE
         beside = "; other answers rise too, so part of it is damage" if damaged else ""
@@ -294,7 +294,7 @@ def _outcome(chain: Estimate, question: Estimate, other: Estimate) -> str:
     return "undecided"
 
 
-def _moved(estimate: Estimate) -> int:
+def moved(estimate: Estimate) -> int:
     """Sign of a difference that is told from 0, else 0."""
     if not (estimate.ci_low > 0 or estimate.ci_high < 0) or holm_p(estimate) > 0.05:
         return 0

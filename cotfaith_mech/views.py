@@ -141,7 +141,7 @@ def _curve_rows(
 
 
 def trace(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
-    """Mean lens probability of a*'s first visible token: `reader layer x value`, x the fraction of the chain kept.
+    """Mean lens probability of a*'s first visible token: `reader layer x value n`, x the fraction of the chain kept.
 
     Chains of unequal length are interpolated as in `curves`; each problem counts once.
     """
@@ -153,10 +153,10 @@ def trace(records: Table, chains: Sequence[dict[str, Any]]) -> Table:
     for (reader, layer), of_layer in found.groupby(["reader", "layer"]):
         curve = np.array([_curve(one, lengths, grid) for _, one in of_layer.groupby("problem_id")])
         rows += [
-            {"reader": str(reader), "layer": int(layer), "x": x, "value": float(value)}
+            {"reader": str(reader), "layer": int(layer), "x": x, "value": float(value), "n": len(curve)}
             for x, value in zip(grid, curve.mean(0), strict=True)
         ]
-    return pd.DataFrame(rows, columns=["reader", "layer", "x", "value"])
+    return pd.DataFrame(rows, columns=["reader", "layer", "x", "value", "n"])
 
 
 def patches(records: Table) -> Table:

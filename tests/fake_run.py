@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,12 @@ PRIMARY = ("same_answer_no_chain", "conflict/record_agree/p_chain", "knockout/tr
 
 
 def write_fake_run(
-    path: Path, *, hostile: str = "", checks_pass: bool = True, n_problems: int = N_PROBLEMS
+    path: Path,
+    *,
+    hostile: str = "",
+    checks_pass: bool = True,
+    n_problems: int = N_PROBLEMS,
+    authors: Sequence[str] = ("gold",),
 ) -> RunDirectory:
     """Write the run; `hostile` is put into every text a model or data set could have written."""
     rng = np.random.default_rng(7)
@@ -43,7 +48,7 @@ def write_fake_run(
         "note": hostile,
     }
     run = RunDirectory.create(path, config)
-    chains = [_chain(index, rng, hostile) for index in range(n_problems)]
+    chains = [_chain(index, rng, hostile, author) for author in authors for index in range(n_problems)]
     run.write_chains(chains)
     for reader in READERS:
         for chain in chains:
@@ -55,7 +60,7 @@ def write_fake_run(
     return run
 
 
-def _chain(index: int, rng: np.random.Generator, hostile: str) -> dict[str, Any]:
+def _chain(index: int, rng: np.random.Generator, hostile: str, author: str) -> dict[str, Any]:
     names = ["Ada", "Ben", "Chloe", "Dmitri"]
     starts, adds = rng.integers(5, 20, N_STEPS), rng.integers(2, 9, N_STEPS)
     order = rng.permutation(N_STEPS)
@@ -66,7 +71,7 @@ def _chain(index: int, rng: np.random.Generator, hostile: str) -> dict[str, Any]
     )
     question += f" How many pears does {names[asked]} have? (Record: {starts[asked] + adds[asked]}.){hostile}"
     chain = Chain(
-        f"p{index:02d}", "gold", question + "\n", steps, f"\nSo {names[asked]} has", f" {starts[asked] + adds[asked]}"
+        f"p{index:02d}", author, question + "\n", steps, f"\nSo {names[asked]} has", f" {starts[asked] + adds[asked]}"
     )
     return {
         **chain.to_json(),
@@ -83,7 +88,7 @@ def _records(reader: str, chain: dict[str, Any], rng: np.random.Generator) -> It
         return Record(
             problem_id=chain["problem_id"],
             chain_id=chain["chain_id"],
-            author="gold",
+            author=chain["author"],
             reader=reader,
             measure=measure,
             metric=metric,
@@ -176,7 +181,11 @@ def _meta(reader: str, chain: dict[str, Any], hostile: str) -> dict[str, Any]:
 def _estimates() -> Iterator[Estimate]:
     values = {"same_answer_no_chain": (0.08, 0.88, 0.14), "conflict/record_agree/p_chain": (0.9, 0.12, 0.86)}
     values |= {"knockout/true_step/delta_p": (0.72, 0.1, 0.69), "early_termination/aoc": (0.55, 0.07, 0.53)}
-    values |= {"bridge/mistake~knockout/top1": (1.0, 0.83, 1.0), "baseline/correct | both_correct": (1.0, 1.0, 1.0)}
+    values |= {
+        "dependence": (0.81, 0.09, 0.77),
+        "bridge/mistake~knockout/top1": (1.0, 0.83, 1.0),
+        "baseline/correct | both_correct": (1.0, 1.0, 1.0),
+    }
     for outcome, of_reader in values.items():
         name = primary_name(outcome) if outcome in PRIMARY else outcome
         for reader, value in zip(READERS, of_reader, strict=True):

@@ -124,9 +124,40 @@ def test_the_page_shows_differences_levels_and_what_was_not_run(tmp_path):
     assert "answers &lt;b&gt;" in page
     assert "not run" in page
     primary = page[page.index('id="primary"') : page.index('id="runs"')]
-    assert primary.count("<b>tuned-base/supplied</b>") == 1
-    assert "base/supplied</b>" not in primary.replace("tuned-base/supplied</b>", "")
+    assert primary.count("<small>tuned-base/supplied</small>") == 1
+    assert "base/supplied</small>" not in primary.replace("tuned-base/supplied</small>", "")
     assert (tmp_path / "out" / "forest.pdf").exists()
+
+
+def test_the_page_opens_with_a_verdict_of_each_group_and_says_what_was_left_out(tmp_path):
+    conflict = [f"conflict/record_agree/{metric} | both_correct" for metric in ("p_chain", "p_question", "p_other")]
+    runs = []
+    for condition, values in (("answers", (-0.60, 0.55, 0.05)), ("chains", (-0.01, 0.01, 0.00))):
+        for seed in (0, 1, 2):
+            run = kept(tmp_path, condition, seed, 0.001 * seed, name="filler/change | both_correct")
+            shifted = [value + 0.001 * seed for value in values]
+            triple = [Estimate(n, ARM, 9, v, v, v, 0.5, "x") for n, v in zip(conflict, shifted, strict=True)]
+            run.write_estimates([*run.read_estimates(), *triple])
+            manifest = run.read_manifest()
+            config = manifest["config"] | {"primary": ["filler/change", "conflict/record_agree/p_chain"]}
+            run.write_manifest(manifest | {"config": config})
+            run.write_chains([{"author": "supplied", "problem_id": "p"}])
+            runs.append(run)
+    for problem in "pq":
+        runs[0].add_exclusion(problem_id=problem, stage="edit", reason="no number in <the> chain")
+    page = build_merged(runs, [], tmp_path / "out").read_text()
+    verdict = page[page.index('class="verdict"') : page.index("</header>")]
+    answers, chains = verdict.split("<b>chains.</b>")
+    assert "<b>answers.</b> Between these checkpoints (tuned-base/supplied), under conflict (record agree)" in answers
+    assert "P(chain&#39;s answer) -0.60 [-0.60, -0.60] (primary, Holm p" in answers
+    assert "bypass, the answer moves from the chain to the question." in answers
+    assert "1 of 2 primary differences are told from 0 (95% interval and Holm&#39;s p): " in answers
+    assert "conflict/record_agree/p_chain (tuned-base/supplied) −0.599 [−0.601, −0.597]." in answers
+    assert "no change beyond 0.1" in chains
+    assert "2 left out</a>, each with its reason." in verdict
+    left_out = page[page.index('id="exclusions"') : page.index('id="estimates"')]
+    assert '<td class="n">2</td><td>edit</td><td class="name">no number in &lt;the&gt; chain</td>' in left_out
+    assert left_out.count("nothing was left out") == 5
 
 
 def test_a_ladder_of_single_readers_shows_levels(tmp_path):

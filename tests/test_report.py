@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cotfaith_mech import views
 from cotfaith_mech.records import RunDirectory
-from cotfaith_mech.report import build_report
+from cotfaith_mech.report import build_report, maps
 from cotfaith_mech.report import charts as report_charts
 from cotfaith_mech.report.build import number, p_value
 
-from .fake_run import N_PROBLEMS, N_STEPS, READERS, write_fake_run
+from .fake_run import LAYERS, N_PROBLEMS, N_STEPS, READERS, write_fake_run
 
 HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script>{{7*7}}{% raw %}<!--\u2028]]>&amp;\"'"
 
@@ -132,7 +133,7 @@ def test_the_page_asks_for_nothing_from_outside(page: Page) -> None:
 def test_every_chart_has_its_place_and_every_place_its_chart(page: Page) -> None:
     places = [attributes["data-chart"] for _, attributes in page.tags if "data-chart" in attributes]
     assert sorted(filter(None, places)) == sorted(page.data["charts"])
-    assert len(places) == 1 + 1 + 3 + 2 * 5 + 1 + 3 + 1
+    assert len(places) == 1 + 1 + 3 + 1 + 2 * 5 + 1 + 3 + 1
 
 
 def test_maps_are_centred_at_zero_and_hold_the_difference(page: Page) -> None:
@@ -145,6 +146,55 @@ def test_maps_are_centred_at_zero_and_hold_the_difference(page: Page) -> None:
     gap = np.array(charts["reader B"]["z"]) - np.array(charts["reader A"]["z"])
     np.testing.assert_allclose(charts["B − A"]["z"], gap, atol=1e-3)
     assert "blocks.5.hook_resid_pre" in charts["B − A"]["text"][0][1]
+
+
+def test_the_cells_of_a_map_carry_unit_interval_number_and_recovery(run: RunDirectory, page: Page) -> None:
+    charts = {chart["title"]: chart for chart in page.data["charts"].values() if chart["pdf"] == "patching_denoise"}
+    cells = views.aligned_patches(run.read_records(), run.read_chains())
+    own = cells[(cells.reader == "B") & (cells.variant == "denoise")].set_index(["role", "layer"])
+    one = own.loc["other steps", LAYERS[2]]
+    found = {name: values[1][2] for name, values in charts["reader B"]["cells"].items()}
+    assert found.pop("site") == "blocks.10.hook_resid_pre"
+    expected = {"ci_low": one["low"], "ci_high": one["high"], "n": N_PROBLEMS, "recovered": one["recovered"]}
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert charts["reader B"]["unit"] == "logits"
+    assert charts["B − A"]["cells"]["n"] == [[N_PROBLEMS] * len(LAYERS)] * 2
+
+
+def test_a_probability_is_drawn_from_zero_to_one() -> None:
+    rows = [{"reader": "A", "layer": layer, "x": x, "value": 0.9, "n": 4} for layer in (0, 1) for x in (0.0, 0.5, 1.0)]
+    (chart,) = maps.trace_charts(pd.DataFrame(rows), ["A"])
+    (trace,) = chart["data"]
+    assert (trace["zmin"], trace["zmax"]) == (0, 1.0)
+    assert trace["colorbar"]["title"]["text"] == "probability"
+    assert trace["colorscale"][0] == [0, maps.BLUES[0]]
+    assert chart["cells"]["n"] == [[4, 4]] * 3
+    (effects,) = maps.attribution_charts(pd.DataFrame(rows).rename(columns={"x": "head"}), ["A"])["charts"]
+    assert (effects["data"][0]["zmin"], effects["data"][0]["zmax"]) == (-0.9, 0.9)
+    assert effects["data"][0]["colorbar"]["title"]["text"] == "logits"
+
+
+def test_the_paper_figure_stands_under_the_chains_it_was_drawn_of_alone(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", authors=("gold", "A"))
+    run.figures.mkdir(exist_ok=True)
+    (run.figures / "curves.pdf").write_bytes(b"%PDF of gold")
+    page = page_of(run)
+    curves = [chart for name, chart in page.data["charts"].items() if name.startswith("curves")]
+    assert [chart["pdf"] for chart in curves] == ["curves"] * 3 + [""] * 3
+    assert page.text.index("Chains of gold") < page.text.index("Chains of A")
+    kept = {a["data-pdf"]: base64.b64decode(text) for a, text in page.scripts if "data-pdf" in a}
+    assert kept == {"curves": b"%PDF of gold"}
+
+
+def test_maps_of_chains_are_saved_under_names_of_their_own(page: Page) -> None:
+    groups = [group for chain in page.chains for group in (*chain["maps"].values(), chain["heads"])]
+    names = [f"{chart['id']} {chart['title']}" for group in groups for chart in group["charts"]]
+    assert len(names) == len(set(names)) == N_PROBLEMS * 3 * len(READERS)
+
+
+def test_every_difference_of_the_forest_says_on_how_many_problems_it_rests(page: Page) -> None:
+    (forest,) = (chart for name, chart in page.data["charts"].items() if name.startswith("forest"))
+    assert [row[2] for trace in forest["data"] for row in trace["customdata"]] == [N_PROBLEMS] * 6
 
 
 def test_the_chain_view_has_steps_effects_answers_and_edits(run: RunDirectory, page: Page) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,14 +12,16 @@ from typing import Any
 
 import pytest
 from matplotlib.image import imread
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from cotfaith_mech import views
 from cotfaith_mech.figures import draw_figures
 from cotfaith_mech.records import RunDirectory
-from cotfaith_mech.report import build_report
+from cotfaith_mech.report import build_merged, build_report
+from cotfaith_mech.stats import Estimate
 
 from .fake_run import write_fake_run
+from .test_merge import kept
 from .test_report import HOSTILE
 
 CHROMIUM = shutil.which("chromium")
@@ -48,7 +51,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 class Watched:
     """A page that notes whatever a report must never do: ask for something, complain, or open a dialogue."""
 
-    def __init__(self, browser: Browser, path: Path, fragment: str = "", **context: Any) -> None:
+    def __init__(
+        self, browser: Browser, path: Path, fragment: str = "", *, shows: str = "#chain-steps tr", **context: Any
+    ) -> None:
         self.page: Page = browser.new_context(**{"viewport": WIDE, **context}).new_page()
         self.wrong: list[str] = []
         self.requests: list[str] = []
@@ -58,7 +63,7 @@ class Watched:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.url = path.resolve().as_uri() + fragment
         self.page.goto(self.url)
-        expect(self.page.locator("#chain-steps tr").first).to_be_visible()
+        expect(self.page.locator(shows).first).to_be_visible()
 
     def outside(self) -> list[str]:
         own = self.url.split("#")[0]
@@ -188,18 +193,17 @@ def test_chains_are_sorted_and_filtered_by_an_effect(watched: Watched, run: RunD
     assert sorted(listed(page, 1)) == ["p01", "p03"]
 
 
+def many_chains(folder: Path, n: int) -> Path:
+    """The page of a run of `n` chains and no records."""
+    chain = {"question": "How many?", "prompt": "", "cue": "So", "answer": " 4", "author": "gold"}
+    run = RunDirectory.create(folder / "run", {"readers": ["A"]})
+    rows = [{"problem_id": f"p{i}", "chain_id": f"c{i}", "steps": ["2 + 2 = 4."]} for i in range(n)]
+    run.write_chains([chain | row for row in rows])
+    return build_report(run)
+
+
 def test_a_long_list_opens_in_pages(browser: Browser, tmp_path: Path) -> None:
-    chain = {
-        "question": "How many?",
-        "prompt": "",
-        "cue": "So",
-        "answer": " 4",
-        "author": "gold",
-        "steps": ["2 + 2 = 4."],
-    }
-    run = RunDirectory.create(tmp_path / "run", {"readers": ["A"]})
-    run.write_chains([chain | {"problem_id": f"p{i}", "chain_id": f"c{i}"} for i in range(55)])
-    watched = Watched(browser, build_report(run), "#chain=c54")
+    watched = Watched(browser, many_chains(tmp_path, 55), "#chain=c54")
     expect(watched.page.locator("#chain-name")).to_have_text("p54, chain of gold")
     assert len(listed(watched.page, 1)) == 50
     watched.page.locator("#more").click()
@@ -276,18 +280,144 @@ def test_the_curves_csv_holds_the_intervals(watched: Watched, run: RunDirectory,
     assert [row["series"] for row in rows] == own["reader"].tolist()
 
 
-def test_a_figure_without_a_paper_version_is_printed_alone(watched: Watched) -> None:
-    page = watched.page
-    expect(page.locator("#chain-maps .main-svg").first).to_be_attached()
-    page.evaluate(
-        "() => { window.print = () => { window.printed = [...document.querySelectorAll('figure')].map("
-        "node => getComputedStyle(node).display); }; }"
+def saved(page: Page, button: Locator, folder: Path) -> Path:
+    with page.expect_download() as download:
+        button.click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def test_a_figure_without_a_paper_version_is_saved_as_a_pdf_of_itself(watched: Watched, tmp_path: Path) -> None:
+    buttons = watched.page.locator("#chain-maps figure").nth(1).locator(".save button")
+    expect(watched.page.locator("#chain-maps .main-svg").nth(1)).to_be_attached()
+    pdf, png = (saved(watched.page, buttons.filter(has_text=kind), tmp_path) for kind in ("PDF", "PNG"))
+    assert pdf.stem == png.stem
+    found = pdf.read_bytes()
+    picture = imread(io.BytesIO(found[found.index(b"\xff\xd8") :]), format="jpeg") / 255
+    drawn = imread(png)[..., :3]
+    assert picture.shape == drawn.shape
+    assert abs(picture - drawn).mean() < 0.01
+    assert drawn.std() > 0.05
+    start = int(found.split(b"startxref\n")[1].split(b"\n")[0])
+    rows = found[start:].split(b"\n")[3:8]
+    assert [found[int(row[:10]) :].split(b"\n")[0] for row in rows] == [b"%d 0 obj" % n for n in range(1, 6)]
+
+
+def test_saved_maps_of_chains_have_names_of_their_own_and_say_what_each_cell_is(
+    watched: Watched, run: RunDirectory, tmp_path: Path
+) -> None:
+    names, chains = [], run.read_chains()
+    for number in (0, 1):
+        watched.page.locator("#chain-list a").nth(number).click()
+        expect(watched.page.locator("#chain-name")).to_contain_text(chains[number]["problem_id"])
+        for button in watched.page.locator("#chain-maps .save button", has_text="CSV").all():
+            names.append(saved(watched.page, button, tmp_path))
+    assert len({path.name for path in names}) == len(names) == 2 * 2 * 3
+    row = next(csv.DictReader(names[0].read_text().splitlines()))
+    assert list(row) == ["step", "layer", "value", "unit", "ci_low", "ci_high", "n", "recovered", "site", "text"]
+    assert (row["unit"], row["site"], row["text"]) == (
+        "logits",
+        "blocks.0.hook_resid_pre",
+        chains[0]["steps"][0].strip(),
     )
-    page.emulate_media(media="print")
-    page.locator("#chain-maps .save button", has_text="PDF").first.evaluate("node => node.click()")
-    shown = page.evaluate("window.printed")
-    assert len([display for display in shown if display != "none"]) == 1
-    assert page.locator(".printed, .print-one").count() == 0
+
+
+def test_the_saved_cells_of_a_mean_map_carry_interval_number_and_recovery(
+    watched: Watched, run: RunDirectory, tmp_path: Path
+) -> None:
+    open_section(watched.page, "patching")
+    button = watched.page.locator("#patching .save button", has_text="CSV").first
+    rows = list(csv.DictReader(saved(watched.page, button, tmp_path).read_text().splitlines()))
+    cells = views.aligned_patches(run.read_records(), run.read_chains())
+    own = cells[(cells.reader == "A") & (cells.variant == "denoise")].set_index(["role", "layer"])
+    for row in rows:
+        one = own.loc[row["row"], int(row["layer"])]
+        found = [float(row[name]) for name in ("ci_low", "ci_high", "n", "recovered")]
+        assert found == pytest.approx([one["low"], one["high"], N_CHAINS, one["recovered"]], rel=1e-4)
+        assert (row["unit"], row["site"]) == ("logits", one["site"])
+    assert len(rows) == len(own)
+
+
+def test_the_saved_forest_counts_its_problems(watched: Watched, tmp_path: Path) -> None:
+    open_section(watched.page, "primary")
+    button = watched.page.locator("#primary .save button", has_text="CSV")
+    rows = list(csv.DictReader(saved(watched.page, button, tmp_path).read_text().splitlines()))
+    assert [row["problems"] for row in rows] == ["6"] * 6
+
+
+def test_a_link_to_a_chain_that_is_not_there_says_so(browser: Browser, run: RunDirectory) -> None:
+    watched = Watched(browser, run.path / "report.html", "#chain=nosuch")
+    missing = watched.page.locator("#chain-missing")
+    expect(missing).to_have_text("The chain “nosuch” is not in this report.")
+    expect(missing).to_be_visible()
+    watched.page.locator("#chain-list a").nth(1).click()
+    expect(missing).to_be_hidden()
+    watched.page.context.close()
+
+
+def test_arrows_are_explained_only_where_they_are_drawn(browser: Browser, run: RunDirectory, tmp_path: Path) -> None:
+    for path, n_arrows in ((run.path / "report.html", 1), (many_chains(tmp_path, 1), 0)):
+        watched = Watched(browser, path)
+        assert watched.page.locator(".arrows").count() == n_arrows
+        assert watched.page.get_by_text("Arrows: direct contribution").is_visible() == bool(n_arrows)
+        watched.page.context.close()
+
+
+def test_no_text_of_a_chart_is_cut_off_on_a_narrow_screen(browser: Browser, run: RunDirectory) -> None:
+    watched = Watched(browser, run.path / "report.html", viewport=NARROW)
+    places = watched.page.locator("main [data-chart]").all()
+    for place in places:
+        place.scroll_into_view_if_needed()
+        expect(place.locator(".main-svg").first).to_be_attached()
+        frame = place.bounding_box()
+        assert frame is not None
+        for title in place.locator(".xtitle, .ytitle, .xtick text, .ytick text, .legendtext").all():
+            box = title.bounding_box()
+            assert box is not None
+            assert box["x"] >= frame["x"] - 1, title.text_content()
+            assert box["x"] + box["width"] <= frame["x"] + frame["width"] + 1, title.text_content()
+    watched.page.context.close()
+
+
+@pytest.fixture(scope="module")
+def merged_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, runs = tmp_path_factory.mktemp("merged"), []
+    for condition in ("answers", "chains"):
+        for seed, value in ((1, -0.5), (2, -0.3)):
+            one = kept(folder, condition, seed, value)
+            manifest = one.read_manifest()
+            one.write_manifest(manifest | {"config": manifest["config"] | {"primary": ["filler/change"]}})
+            one.write_chains([{"author": "supplied", "problem_id": "p"}])
+            more = [Estimate(f"knockout/step{i}", "tuned", 9, 0.1, 0.0, 0.2, 0.5, "x") for i in range(3)]
+            one.write_estimates([*one.read_estimates(), *more])
+            runs.append(one)
+    return build_merged(runs, [], folder / "out")
+
+
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["1280", "390"])
+def test_the_merged_page_draws_filters_and_saves(
+    browser: Browser, merged_page: Path, viewport: Any, tmp_path: Path
+) -> None:
+    watched = Watched(browser, merged_page, shows="#primary .main-svg", viewport=viewport)
+    page = watched.page
+    assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
+    assert page.locator("nav a").evaluate_all("nodes => nodes.every(a => document.querySelector(a.hash))")
+    assert page.locator("table").evaluate_all("nodes => nodes.every(node => node.closest('.scroll'))")
+    rows = list(csv.DictReader(saved(page, page.get_by_role("button", name="CSV"), tmp_path).read_text().splitlines()))
+    means = {row["series"]: (row["tuned minus base"], row["problems"]) for row in rows if row["label"] == ""}
+    assert means == {"answers": ("-0.4", "9"), "chains": ("-0.4", "9")}
+    assert [row["tuned minus base"] for row in rows if row["label"] == "seed 1"] == ["-0.5", "-0.5"]
+    pdf = saved(page, page.get_by_role("button", name="PDF"), tmp_path)
+    assert pdf.read_bytes() == (merged_page.parent / "forest.pdf").read_bytes()
+    page.locator("#filter").fill("knockout chains")
+    assert page.locator("#filter-count").text_content() == "3 estimates"
+    assert page.locator("tr.estimate:visible").count() == 3
+    page.emulate_media(color_scheme="dark")
+    expect(page.locator("#primary .xtick text").first).to_have_css("fill", "rgb(232, 230, 225)")
+    assert watched.wrong == []
+    assert watched.outside() == []
+    page.context.close()
 
 
 def test_printing_shows_what_the_screen_folds(watched: Watched) -> None:

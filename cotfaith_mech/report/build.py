@@ -15,9 +15,10 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -32,10 +33,11 @@ from ..metrics import CELLS
 from ..outcomes import Table
 from ..records import RunDirectory
 from ..stats import Estimate
-from . import charts
+from . import charts, maps
 from .chain_view import block, chain_data, effect_scales
 
 HERE = Path(__file__).parent
+Row = TypeVar("Row")
 VARIANT_WORDS = {
     "denoise": "denoising: the true chain's activations put into the run on altered numbers; blue restores the answer",
     "noise": "noising: altered numbers' activations put into the run on the true chain; red takes the answer away",
@@ -110,14 +112,11 @@ def _context(run: RunDirectory) -> dict[str, Any]:
     primary = views.primary_differences(estimates, config, readers)
     shown = [estimate for estimate in primary if np.isfinite(estimate.value)]
     sections["forest"] = [charts.forest_chart(shown, readers)] if shown else []
+    numbered = _numbered(sections, str(chains[0]["author"]) if chains else "")
     known = shipped()
     index, blocks = chain_data(run, *of_all, readers, apart)
-    scripts = {name: (HERE / f"{name}.js").read_text("utf-8") for name in ("charts", "chains")}
-    scripts = {"plotly": plotly.offline.get_plotlyjs(), **scripts}
     return {
-        "policy": _policy(scripts.values()),
-        "scripts": [Markup(_clean(text)) for text in scripts.values()],
-        "style": Markup((HERE / "report.css").read_text("utf-8")),
+        **shell("charts", "chains"),
         "title": " · ".join(readers),
         "readers": _reader_rows(readers, config, manifest, estimates, end),
         "n_problems": records["problem_id"].nunique(),
@@ -130,7 +129,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "failed": [check for check in manifest.get("checks") or [] if not check.get("passed")],
         "primary": _primary_rows(primary, estimates, [reader + end for reader in readers]),
         "strata": _strata(primary, estimates, readers),
-        "estimates": _estimate_groups(estimates),
+        "estimates": by_outcome(estimates, lambda estimate: estimate.name),
         "sections": sections,
         "mediated": _mediated(estimates),
         "variant_words": VARIANT_WORDS,
@@ -140,14 +139,14 @@ def _context(run: RunDirectory) -> dict[str, Any]:
         "paraphrases": manifest.get("paraphrases"),
         "manifest": json.dumps(manifest, indent=2, ensure_ascii=False),
         "blocks": blocks,
-        "pdfs": _pdfs(run, sections),
+        "pdfs": _pdfs(run, numbered),
         "page_data": block(
             {
-                "charts": {chart["id"]: chart for chart in _numbered(sections)},
+                "charts": {chart["id"]: chart for chart in numbered},
                 "chains": index,
                 "effects": effect_scales(of_all[0]),
                 "readers": readers,
-                "scale": charts.RDBU,
+                "scale": maps.RDBU,
             }
         ),
     }
@@ -170,7 +169,7 @@ def _beside(estimates: list[Estimate], readers: list[str]) -> list[dict[str, Any
         (
             "dependence",
             "Dependence: does altering the chain alter the answer?",
-            "total variation, mistakes − paraphrase",
+            "total variation,<br>mistakes − paraphrase",
         ),
         ("infogain/logp_gain", "InfoGain: does the chain inform about the gold answer?", "nats a step"),
     )
@@ -205,11 +204,24 @@ def _strata(primary: list[Estimate], estimates: list[Estimate], readers: list[st
     return rows
 
 
-def _pdfs(run: RunDirectory, sections: dict[str, Any]) -> dict[str, str]:
+def _pdfs(run: RunDirectory, numbered: list[dict[str, Any]]) -> dict[str, str]:
     """`{file name: base64}` of the paper figures that a chart of the page names, where they have been drawn."""
-    named = {chart["pdf"] for chart in _numbered(sections)}
-    paths = {name: run.figures / f"{name}.pdf" for name in sorted(named)}
-    return {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items() if path.is_file()}
+    paths = {name: run.figures / f"{name}.pdf" for name in sorted({chart["pdf"] for chart in numbered} - {""})}
+    return {name: as_base64(path) for name, path in paths.items() if path.is_file()}
+
+
+def as_base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def shell(*names: str) -> dict[str, Any]:
+    """What every page is made of: its style, plotly.js and the scripts of `names`, and the policy that admits them."""
+    texts = [plotly.offline.get_plotlyjs(), *((HERE / f"{name}.js").read_text("utf-8") for name in names)]
+    return {
+        "policy": _policy(texts),
+        "scripts": [Markup(_clean(text)) for text in texts],
+        "style": Markup((HERE / "report.css").read_text("utf-8")),
+    }
 
 
 def _clean(script: str) -> str:
@@ -272,20 +284,23 @@ def _sections(records: Table, chains: list[dict[str, Any]], readers: list[str], 
     variants = [(str(variant), of_variant) for variant, of_variant in cells.groupby("variant")]
     return {
         "conflict": [charts.conflict_chart(triple, readers)] if len(triple) else [],
-        "trace": charts.trace_charts(views.trace(records, chains), readers),
+        "trace": maps.trace_charts(views.trace(records, chains), readers),
         "patching": {
-            variant: charts.patching_charts(of_variant, gaps[gaps["variant"] == variant], readers)
+            variant: maps.patching_charts(of_variant, gaps[gaps["variant"] == variant], readers)
             for variant, of_variant in variants
         },
         "knockout": [charts.knockout_chart(losses, readers)] if len(losses) else [],
-        "attribution": charts.attribution_charts(heads, readers) if len(heads) else {"charts": [], "limit": 1.0},
+        "attribution": maps.attribution_charts(heads, readers) if len(heads) else {"charts": [], "limit": 1.0},
         "cross_model": charts.cross_model_charts(views.cross_model(records), readers),
         "bridge": [charts.bridge_chart(points, apart, readers)] if len(points) else [],
     }
 
 
-def _numbered(sections: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every chart of `sections`, each given the id that ties it to its place in the page, and its paper figure."""
+def _numbered(sections: dict[str, Any], author: str) -> list[dict[str, Any]]:
+    """Every chart of `sections`, each given the id that ties it to its place in the page, and its paper figure.
+
+    Paper figures are of the chains of `author`; curves of others' chains have none.
+    """
     found: list[dict[str, Any]] = []
     for name, section in sections.items():
         groups = section if name in ("patching", "curves") else {"": section}
@@ -293,6 +308,8 @@ def _numbered(sections: dict[str, Any]) -> list[dict[str, Any]]:
             for chart in group["charts"] if isinstance(group, dict) else group:
                 chart["id"] = f"{name}-{len(found)}"
                 chart["pdf"] = f"patching_{key}" if name == "patching" else PDF_OF.get(name, name)
+                if name == "curves" and key != author:
+                    chart["pdf"] = ""
                 found.append(chart)
     return found
 
@@ -310,8 +327,9 @@ def _primary_rows(primary: list[Estimate], estimates: list[Estimate], readers: l
     return rows
 
 
-def _estimate_groups(estimates: list[Estimate]) -> dict[str, list[Estimate]]:
-    groups: dict[str, list[Estimate]] = {}
-    for estimate in estimates:
-        groups.setdefault(estimate.name.split("/")[0].split(" | ")[0], []).append(estimate)
+def by_outcome(rows: Sequence[Row], name: Callable[[Row], str]) -> dict[str, list[Row]]:
+    """`rows` by the first part of the estimate's name."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(name(row).split("/")[0].split(" | ")[0], []).append(row)
     return groups

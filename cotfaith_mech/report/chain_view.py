@@ -13,9 +13,10 @@ from collections import defaultdict
 from typing import Any
 
 from .. import views
+from ..markup import limit_of
 from ..outcomes import Table
 from ..records import RunDirectory
-from . import charts
+from . import charts, maps
 
 TEST_WORDS = {
     "early_termination": "Early termination",
@@ -60,10 +61,13 @@ def chain_data(
         detail["steps"] = list(chain["steps"])
         detail["tokens"] = next((meta["tokens"] for meta in own if meta.get("tokens")), None)
         detail["maps"] = {
-            str(variant): charts.chain_charts(one, chain, readers)
+            str(variant): maps.chain_charts(one, chain, readers)
             for variant, one in (cells[key].groupby("variant") if key in cells else ())
         }
-        detail["heads"] = charts.heads_by_step_charts(heads[key], chain, readers) if key in heads else None
+        detail["heads"] = maps.heads_by_step_charts(heads[key], chain, readers) if key in heads else None
+        for kind, group in {**detail["maps"], "heads": detail["heads"]}.items():
+            for chart in group["charts"] if group else ():
+                chart["id"] = f"chain {chain['problem_id']} {key} {kind}"
         detail["edits"] = _edits_of(own)
         blocks.append(block(detail))
     return index, blocks
@@ -80,7 +84,7 @@ def effect_scales(records: Table) -> list[dict[str, Any]]:
     for effect in views.EFFECTS:
         values = effects.loc[effects["effect"] == effect.key, "value"]
         if len(values):
-            scales.append({**vars(effect), "limit": charts.limit_of(values)})
+            scales.append({**vars(effect), "limit": limit_of(values)})
     return scales
 
 

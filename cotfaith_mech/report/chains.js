@@ -138,7 +138,8 @@ cotfaith.data.then((data) => {
     const stage = document.querySelector(".stage"), rows = [...byId("chain-steps").rows];
     stage.querySelector("svg")?.remove();
     const values = valuesOf(chain, "direct", pick.reader.value), scale = data.effects.find((one) => one.key === "direct");
-    if (!scale || !values.some((value) => value)) return;
+    byId("arrows-note").hidden = !scale || !values.some((value) => value);
+    if (byId("arrows-note").hidden) return;
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     const middle = (row) => row.offsetTop + row.offsetHeight / 2, end = middle(rows.at(-1));
     svg.setAttribute("class", "arrows");
@@ -230,7 +231,12 @@ cotfaith.data.then((data) => {
 
   function follow() {
     const asked = new URLSearchParams(location.hash.slice(1)), found = data.chains.find((chain) => chain.chain_id === asked.get("chain"));
-    if (!found) return false;
+    byId("chain-missing").hidden = Boolean(found) || !asked.has("chain");
+    byId("chain-missing").textContent = `The chain “${asked.get("chain")}” is not in this report.`;
+    if (!found) {
+      if (asked.has("chain")) byId("chain-missing").scrollIntoView();
+      return false;
+    }
     if (data.readers.includes(asked.get("reader"))) pick.reader.value = asked.get("reader");
     if (data.effects.some((one) => one.key === asked.get("effect"))) pick.effect.value = asked.get("effect");
     open(found).then(() => {

@@ -63,7 +63,7 @@ const cotfaith = (() => {
     resized.observe(node);
     const traces = spec.data.map((trace) => ({ ...trace }));
     return Plotly.react(node, traces, layoutOf(spec, pageColours()), { displayModeBar: false }).then(() => {
-      if (!spec.id || !spec.id.startsWith("bridge") || node.dataset.bound) return;
+      if (!spec.id.startsWith("bridge") || node.dataset.bound) return;
       node.dataset.bound = "1";
       node.on("plotly_click", ({ points: [point] }) => {
         const link = new URLSearchParams({ chain: point.customdata, reader: point.data.name });
@@ -78,7 +78,7 @@ const cotfaith = (() => {
     drawn.delete(node);
   }
 
-  // ---- saving: PNG as drawn, on white; the paper figure as PDF, or this figure alone to the printer; values as CSV ----
+  // ---- saving: PNG as drawn, on white; the paper figure as PDF, or this picture where there is none; values as CSV ----
   function plain(text) {
     const page = new DOMParser().parseFromString(String(text).replaceAll("<br>", " "), "text/html");
     return page.body.textContent;
@@ -93,42 +93,67 @@ const cotfaith = (() => {
   }
 
   function nameOf(spec) {
-    return `${spec.id || "chain"} ${spec.title}`.replace(/[^\p{L}\p{N}]+/gu, "_").replace(/^_|_$/g, "");
+    return `${spec.id} ${spec.title}`.replace(/[^\p{L}\p{N}]+/gu, "_").replace(/^_|_$/g, "");
   }
 
-  function savePng(node, spec) {
+  // The figure on white paper, with the title and the colour bars that the page writes around it.
+  function pictureOf(node, spec) {
     const layout = { ...layoutOf(spec, PAPER), width: node.clientWidth, height: spec.height + 40, paper_bgcolor: "#fff" };
     layout.title = { text: spec.title, x: 0.02, font: { size: 14 } };
     layout.margin = { ...layout.margin, t: layout.margin.t + (spec.data.length > 1 ? 66 : 40) };
-    const traces = spec.data.map((trace) => (trace.type === "heatmap" ? { ...trace, showscale: true } : { ...trace }));
-    return Plotly.downloadImage({ data: traces, layout }, { format: "png", scale: 3, filename: nameOf(spec), width: layout.width, height: layout.height });
+    const data = spec.data.map((trace) => (trace.type === "heatmap" ? { ...trace, showscale: true } : { ...trace }));
+    return [{ data, layout }, { scale: 3, width: layout.width, height: layout.height }];
   }
 
-  function savePdf(node, spec) {
+  function savePng(node, spec) {
+    const [picture, size] = pictureOf(node, spec);
+    return Plotly.downloadImage(picture, { ...size, format: "png", filename: nameOf(spec) });
+  }
+
+  // A PDF of one page that a JPEG picture fills; a pixel of the screen is 3/4 of a point.
+  function pdfOf(jpeg, { width, height, scale }) {
+    const place = `${width * 0.75} 0 0 ${height * 0.75} 0 0 cm /F Do`, parts = ["%PDF-1.4\n"], starts = [];
+    const length = () => parts.reduce((sum, part) => sum + part.length, 0);
+    const objects = [
+      ["<< /Type /Catalog /Pages 2 0 R >>"],
+      ["<< /Type /Pages /Kids [3 0 R] /Count 1 >>"],
+      [`<< /Type /Page /Parent 2 0 R /MediaBox [0 0 ${width * 0.75} ${height * 0.75}] /Contents 4 0 R /Resources << /XObject << /F 5 0 R >> >> >>`],
+      [`<< /Length ${place.length} >>\nstream\n`, place, "\nendstream"],
+      [`<< /Type /XObject /Subtype /Image /Width ${width * scale} /Height ${height * scale} /ColorSpace /DeviceRGB /BitsPerComponent 8 /Filter /DCTDecode /Length ${jpeg.length} >>\nstream\n`, jpeg, "\nendstream"],
+    ];
+    objects.forEach((object, i) => {
+      starts.push(length());
+      parts.push(`${i + 1} 0 obj\n`, ...object, "\nendobj\n");
+    });
+    const end = length(), rows = starts.map((start) => `${String(start).padStart(10, "0")} 00000 n \n`);
+    parts.push(`xref\n0 6\n0000000000 65535 f \n${rows.join("")}trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n${end}\n%%EOF\n`);
+    return new Blob(parts, { type: "application/pdf" });
+  }
+
+  async function savePdf(node, spec) {
     const paper = [...document.querySelectorAll("[data-pdf]")].find((block) => block.dataset.pdf === spec.pdf);
     if (paper) {
       offer(new Blob([bytes(paper.textContent)], { type: "application/pdf" }), `${spec.pdf}.pdf`);
       return;
     }
-    const figure = node.closest("figure");
-    document.body.classList.add("print-one");
-    figure.classList.add("printed");
-    window.print();
-    figure.classList.remove("printed");
-    document.body.classList.remove("print-one");
+    const [picture, size] = pictureOf(node, spec);
+    const jpeg = await Plotly.toImage(picture, { ...size, format: "jpeg" });
+    offer(pdfOf(bytes(jpeg.split(",")[1]), size), `${nameOf(spec)}.pdf`);
+  }
+
+  // Of every map the same columns; what a map does not have stays empty.
+  function rowsOfMap(spec, x, y) {
+    const [map] = spec.data, more = ["ci_low", "ci_high", "n", "recovered", "site", "text"];
+    const rows = map.z.flatMap((row, i) => row.map((value, j) => [
+      spec.rows[i], map.x[j], value, spec.unit, ...more.map((name) => spec.cells[name]?.[i][j]),
+    ].map((cell) => (typeof cell === "string" ? plain(cell) : cell))));
+    return [[y === "y" ? "row" : y, x, "value", "unit", ...more], ...rows];
   }
 
   function rowsOf(spec) {
     const named = (own, other) => plain((own && own.title && own.title.text) || other);
     const x = named(spec.layout.xaxis, "x"), y = named(spec.layout.yaxis, "y");
-    if (spec.data[0].type === "heatmap") {
-      const [map] = spec.data, { ticktext, tickvals } = spec.layout.yaxis;
-      const labels = new Map((tickvals || []).map((value, i) => [value, ticktext[i]]));
-      const rows = map.z.flatMap((row, i) => row.map((value, j) => [
-        labels.get(map.y[i]) ?? map.y[i], map.x[j], value, plain(map.text[i][j]),
-      ]));
-      return [[y === "y" ? "row" : y, x, "value", "site"], ...rows];
-    }
+    if (spec.data[0].type === "heatmap") return rowsOfMap(spec, x, y);
     const rows = [["series", x, y, "interval_low", "interval_high", "problems", "label"]];
     for (const trace of spec.data.filter((one) => one.hoverinfo !== "skip")) {
       const ys = Array.isArray(trace.y[0]) ? trace.y[0].map((_, i) => trace.y.map((level) => level[i]).join(" ")) : trace.y;
@@ -177,7 +202,6 @@ const cotfaith = (() => {
     places.forEach((node) => seen.observe(node));
     dark.addEventListener("change", () => drawn.forEach((spec, node) => draw(node, spec)));
     window.addEventListener("beforeprint", () => {
-      if (document.body.classList.contains("print-one")) return;
       document.querySelectorAll("details").forEach((node) => { node.open = true; });
       pending();
     });

@@ -12,23 +12,16 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from .. import views
 from ..figure_style import READER_COLOURS
 from ..figures import CONFLICT_COLOURS, CONFLICT_LABELS, CURVE_LABELS, CURVE_Y
-from ..markup import limit_of
+from ..merge import Merged
 from ..outcomes import Table
 from ..stats import Estimate
 
-RDBU = (
-    "#67001f", "#b2182b", "#d6604d", "#f4a582", "#fddbc7", "#f7f7f7", "#d1e5f0", "#92c5de", "#4393c3", "#2166ac",
-    "#053061",
-)  # fmt: skip
-"""ColorBrewer's RdBu, red (negative) to blue (positive)."""
-MOST_HEADS = 12
+GREY = "#777777"
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 
 
@@ -47,7 +40,7 @@ def colour(readers: Sequence[str], reader: str) -> str:
     return READER_COLOURS[list(readers).index(reader) % len(READER_COLOURS)]
 
 
-def _chart(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -> dict[str, Any]:
+def chart_of(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -> dict[str, Any]:
     return {"title": title, "height": height, "data": data, "layout": layout}
 
 
@@ -64,7 +57,7 @@ def curve_charts(curves: Table, readers: Sequence[str]) -> list[dict[str, Any]]:
             kept = "kept verbatim" if measure == "paraphrase" else "of the chain kept"
             x = {"title": {"text": f"fraction {kept}"}, "range": [-0.03, 1.03]}
             y = {"title": {"text": CURVE_Y}, "range": [-0.03, 1.06]}
-            charts.append(_chart(CURVE_LABELS[measure], traces, 300, xaxis=x, yaxis=y))
+            charts.append(chart_of(CURVE_LABELS[measure], traces, 300, xaxis=x, yaxis=y))
     return charts
 
 
@@ -118,7 +111,7 @@ def conflict_chart(triple: Table, readers: Sequence[str]) -> dict[str, Any]:
     x = {"title": {"text": "probability"}, "range": [0, 1]}
     y = {"autorange": "reversed", "ticklabelposition": "outside"}
     uniform = {"minsize": 9, "mode": "hide"}
-    return _chart(
+    return chart_of(
         "",
         data,
         130 + 30 * len(rows),
@@ -131,98 +124,72 @@ def conflict_chart(triple: Table, readers: Sequence[str]) -> dict[str, Any]:
     )
 
 
+def _marks(estimates: Sequence[Estimate], rows: Sequence[str], shades: str | list[str]) -> dict[str, Any]:
+    """A mark with its interval for each estimate, in the row of the same place; `shades`: one for all or one each."""
+    values, lows, highs = (numbers(getattr(e, name) for e in estimates) for name in ("value", "ci_low", "ci_high"))
+    above = [None if v is None or h is None else h - v for v, h in zip(values, highs, strict=True)]
+    below = [None if v is None or low is None else v - low for v, low in zip(values, lows, strict=True)]
+    bar = shades if isinstance(shades, str) else GREY
+    return {
+        "mode": "markers",
+        "orientation": "h",
+        "x": values,
+        "y": list(rows),
+        "marker": {"color": shades, "size": 9},
+        "error_x": {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": bar},
+        "customdata": [list(row) for row in zip(lows, highs, (e.n_problems for e in estimates), strict=True)],
+        "hovertemplate": "%{x:+.3f} [%{customdata[0]:+.3f}, %{customdata[1]:+.3f}], %{customdata[2]} problems",
+    }
+
+
+def _row_name(name: str) -> str:
+    return label(name.split(" | ")[0].replace("/", " / ").replace("_", " "), 20)
+
+
 def forest_chart(differences: Sequence[Estimate], readers: Sequence[str]) -> dict[str, Any]:
     """Paired differences with their intervals, one row an endpoint and arm."""
     data = []
     for arm in dict.fromkeys(estimate.arm for estimate in differences):
         own = [estimate for estimate in differences if estimate.arm == arm]
         reader = views.tuned_reader(arm, readers) or arm
-        shade = colour(readers, reader) if reader in readers else "#777777"
-        values, lows, highs = (numbers(getattr(e, field) for e in own) for field in ("value", "ci_low", "ci_high"))
-        above = [None if v is None or h is None else h - v for v, h in zip(values, highs, strict=True)]
-        below = [None if v is None or low is None else v - low for v, low in zip(values, lows, strict=True)]
-        data.append(
-            {
-                "mode": "markers",
-                "orientation": "h",
-                "x": values,
-                "y": [label(e.name.split(" | ")[0].replace("/", " / ").replace("_", " "), 20) for e in own],
-                "name": label(arm),
-                "marker": {"color": shade, "size": 9, "symbol": SYMBOLS[len(data) % len(SYMBOLS)]},
-                "error_x": {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": shade},
-                "customdata": [list(pair) for pair in zip(lows, highs, strict=True)],
-                "hovertemplate": "%{x:+.3f} [%{customdata[0]:+.3f}, %{customdata[1]:+.3f}]<extra>"
-                + label(arm)
-                + "</extra>",
-            }
-        )
-    names = len({estimate.name for estimate in differences})
-    x = {"title": {"text": "paired difference"}, "zeroline": True}
-    y = {"range": [names - 0.5, -0.5]}
-    return _chart("", data, 130 + 62 * names, xaxis=x, yaxis=y, scattermode="group", scattergap=0.4)
+        trace = _marks(own, [_row_name(e.name) for e in own], colour(readers, reader) if reader in readers else GREY)
+        trace["marker"]["symbol"] = SYMBOLS[len(data) % len(SYMBOLS)]
+        trace["hovertemplate"] += f"<extra>{label(arm)}</extra>"
+        data.append({**trace, "name": label(arm)})
+    names = list(dict.fromkeys(_row_name(estimate.name) for estimate in differences))
+    return _forest(data, names, 62, "paired difference")
 
 
-def heatmap(
-    title: str,
-    values: np.ndarray,
-    x: Sequence[Any],
-    y: Sequence[str],
-    limit: float,
-    hover: list[list[str]],
-    *,
-    row_height: int = 30,
-    axes: tuple[str, str] = ("", ""),
-) -> dict[str, Any]:
-    """A RdBu map centred at 0 with limits ±`limit`; `hover[row][column]` is already safe text."""
-    colours = [[i / (len(RDBU) - 1), shade] for i, shade in enumerate(RDBU)]
-    trace = {
-        "type": "heatmap",
-        "z": [numbers(row) for row in values],
-        "x": [str(value) for value in x],
-        "y": list(range(len(y))),
-        "text": hover,
-        "hovertemplate": "%{text}<br><b>%{z:+.3f}</b><extra></extra>",
-        "colorscale": colours,
-        "zmin": -limit,
-        "zmid": 0,
-        "zmax": limit,
-        "showscale": False,
-        "xgap": 1,
-        "ygap": 1,
-        "hoverongaps": False,
-    }
-    every = max(1, -(-len(y) // 16))
-    ticks = list(range(0, len(y), every))
-    y_axis = {"tickvals": ticks, "ticktext": [y[i] for i in ticks], "title": {"text": axes[1]}, "showgrid": False}
-    x_axis = {"type": "category", "title": {"text": axes[0]}, "showgrid": False, "nticks": 12, "tickangle": 0}
-    return _chart(title, [trace], 84 + row_height * len(y), xaxis=x_axis, yaxis={**y_axis, "zeroline": False})
+def _forest(data: list[dict[str, Any]], names: list[str], row_height: int, unit: str) -> dict[str, Any]:
+    x = {"title": {"text": unit}, "zeroline": True}
+    y = {"range": [len(names) - 0.5, -0.5], "categoryorder": "array", "categoryarray": names}
+    height = 130 + row_height * len(names)
+    return chart_of("", data, height, xaxis=x, yaxis=y, scattermode="group", scattergap=0.4)
 
 
-def patching_charts(cells: Table, gaps: Table, readers: Sequence[str]) -> dict[str, Any]:
-    """Maps of layer x role of the step for one variant: readers, then `gaps` to the first; and the limit."""
-    roles = [role for role in views.ROLES if (cells["role"] == role).any()]
-    layers = sorted(cells["layer"].unique())
-    sites = cells.groupby("layer")["site"].first()
-    shown = [(f"reader {reader}", cells[cells["reader"] == reader]) for reader in views.present(readers, cells)]
-    shown += [(f"{b} − {a}", gaps[gaps["reader"] == b]) for b, a in views.differences(readers, cells)]
-    limit = limit_of(np.concatenate([one["effect"].to_numpy(float) for _, one in shown]))
-    charts = []
-    for title, one in shown:
-        of = {(row["role"], row["layer"]): row for row in one.to_dict("records")}
-        hover = [[_hover_of(role, str(sites[layer]), of.get((role, layer))) for layer in layers] for role in roles]
-        values = np.array([[of.get((role, layer), {}).get("effect", np.nan) for layer in layers] for role in roles])
-        charts.append(heatmap(title, values, layers, roles, limit, hover, axes=("layer", "")))
-        charts[-1]["layout"]["yaxis"]["autorange"] = "reversed"
-    return {"charts": charts, "limit": limit}
-
-
-def _hover_of(role: str, site: str, row: dict[str, Any] | None) -> str:
-    lines = [role, label(site)]
-    if row is not None and np.isfinite(row["low"]):
-        lines.append(f"95% [{row['low']:+.3f}, {row['high']:+.3f}], {row['n']} problems")
-    if row is not None and np.isfinite(row.get("recovered", np.nan)):
-        lines.append(f"recovered {row['recovered']:.0%}")
-    return "<br>".join(lines)
+def seeds_chart(rows: Sequence[Merged], unit: str) -> dict[str, Any]:
+    """A row an endpoint and arm: each group's mean with its interval, and every training seed a dot beside it."""
+    groups = list(dict.fromkeys(row.group for row in rows))
+    name_of = {id(row): f"{_row_name(row.estimate.name)}<br>{label(row.estimate.arm)}" for row in rows}
+    data = []
+    for number, group in enumerate(groups):
+        own = [row for row in rows if row.group == group]
+        trace = _marks([row.estimate for row in own], [name_of[id(row)] for row in own], colour(groups, group))
+        trace["marker"]["symbol"] = SYMBOLS[number % len(SYMBOLS)]
+        trace["hovertemplate"] += f"<extra>{label(group)}</extra>"
+        dots = [(value, name_of[id(row)], f"seed {seed}") for row in own for seed, value in row.seeds.items()]
+        seeds = {
+            "mode": "markers",
+            "orientation": "h",
+            "x": numbers(value for value, _, _ in dots),
+            "y": [name for _, name, _ in dots],
+            "text": [label(text) for _, _, text in dots],
+            "marker": {"color": colour(groups, group), "size": 5, "opacity": 0.45},
+            "hovertemplate": f"%{{text}}: %{{x:+.3f}}<extra>{label(group)}</extra>",
+            "showlegend": False,
+        }
+        data += [{**one, "name": label(group), "legendgroup": group, "offsetgroup": group} for one in (trace, seeds)]
+    return _forest(data, list(dict.fromkeys(name_of.values())), max(48, 20 * len(groups)), unit)
 
 
 def cross_model_charts(cells: Table, readers: Sequence[str]) -> list[dict[str, Any]]:
@@ -249,103 +216,19 @@ def cross_model_charts(cells: Table, readers: Sequence[str]) -> list[dict[str, A
                 {"title": {"text": "P(chain's answer)"}, "range": [-0.03, 1.06]},
             )
             title = f"one layer of {names[donor]} in {names[into]}"
-            charts.append(_chart(title, traces, 320, xaxis=x, yaxis=y))
+            charts.append(chart_of(title, traces, 320, xaxis=x, yaxis=y))
     return charts
-
-
-def trace_charts(decided: Table, readers: Sequence[str]) -> list[dict[str, Any]]:
-    """Maps of kept part of the chain x layer, one a reader: probability of the answer's first token by the lens."""
-    charts = []
-    for reader in views.present(readers, decided):
-        wide = decided[decided["reader"] == reader].pivot(index="x", columns="layer", values="value")
-        kept = [f"{x:.2f}" for x in wide.index]
-        hover = [[f"{x} of the chain kept<br>layer {layer}" for layer in wide.columns] for x in kept]
-        axes = ("layer", "part of the chain kept")
-        charts.append(
-            heatmap(f"reader {reader}", wide.to_numpy(float), list(wide.columns), kept, 1.0, hover, axes=axes)
-        )
-    return charts
-
-
-def _means(
-    rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]
-) -> Float[np.ndarray, "row column"]:
-    """Mean of `values` in each cell of a grid; NaN where there is none."""
-    total, count = np.zeros(shape), np.zeros(shape)
-    np.add.at(total, (rows, columns), values)
-    np.add.at(count, (rows, columns), 1)
-    return np.divide(total, count, out=np.full(shape, np.nan), where=count > 0)
-
-
-def chain_charts(cells: Table, chain: dict[str, Any], readers: Sequence[str]) -> dict[str, Any]:
-    """Maps of layer x step of one chain and variant, one a reader, and the limit; hover shows site and step text."""
-    layer, step, of_reader = (cells[name].to_numpy() for name in ("layer", "step", "reader"))
-    values = cells["effect"].to_numpy(float)
-    layers, first = np.unique(layer.astype(int), return_index=True)
-    sites = cells["site"].to_numpy()[first]
-    names = [_step_name(chain, j) for j in range(len(chain["steps"]))]
-    hover = [[f"{label(text)}<br>{label(str(site))}" for site in sites] for text in chain["steps"]]
-    limit = limit_of(values)
-    charts = []
-    for reader in readers:
-        own = of_reader == reader
-        if own.any():
-            columns = np.searchsorted(layers, layer[own].astype(int))
-            wide = _means(step[own].astype(int), columns, values[own], (len(names), len(layers)))
-            chart = heatmap(f"reader {reader}", wide, layers.tolist(), names, limit, hover, axes=("layer", "step"))
-            chart["layout"]["yaxis"]["autorange"] = "reversed"
-            charts.append(chart)
-    return {"charts": charts, "limit": limit}
-
-
-def heads_by_step_charts(heads: Table, chain: dict[str, Any], readers: Sequence[str]) -> dict[str, Any]:
-    """Maps of head x step of one chain, one a reader: direct logit contribution of the MOST_HEADS heads that carry the
-    most from any step, of any reader; and the limit."""
-    places, row = np.unique(heads[["layer", "head"]].to_numpy(int), axis=0, return_inverse=True)
-    step, of_reader = heads["step"].to_numpy(int), heads["reader"].to_numpy()
-    shape = len(places), len(chain["steps"])
-    shown = views.present(readers, heads)
-    wide = {}
-    for reader in shown:
-        own = of_reader == reader
-        wide[reader] = _means(row[own], step[own], heads["value"].to_numpy(float)[own], shape)
-    size = np.nanmax([np.nanmax(np.abs(one), axis=1) for one in wide.values()], axis=0)
-    chosen = np.sort(np.argsort(-size, kind="stable")[:MOST_HEADS])
-    names = [f"layer {layer}, head {head}" for layer, head in places[chosen]]
-    hover = [[f"{name}<br>{label(text)}" for text in chain["steps"]] for name in names]
-    limit = limit_of(np.concatenate([one[chosen].ravel() for one in wide.values()]))
-    marks = [_step_name(chain, j) for j in range(shape[1])]
-    charts = []
-    for reader in shown:
-        title, values = f"reader {reader}", wide[reader][chosen]
-        charts.append(heatmap(title, values, marks, names, limit, hover, row_height=22, axes=("step", "")))
-        charts[-1]["layout"]["yaxis"]["autorange"] = "reversed"
-    return {"charts": charts, "limit": limit}
-
-
-def _step_name(chain: dict[str, Any], step: int) -> str:
-    return f"{step + 1}{' ●' if step == chain.get('true_step') else ''}"
 
 
 def levels_chart(estimates: Sequence[Estimate], readers: Sequence[str], title: str, unit: str) -> dict[str, Any]:
     """One number of every reader with its interval, a row a reader and author."""
     shades = [colour(readers, e.arm.split("/")[0]) for e in estimates]
-    values, lows, highs = (numbers(getattr(e, name) for e in estimates) for name in ("value", "ci_low", "ci_high"))
-    above = [None if v is None or h is None else h - v for v, h in zip(values, highs, strict=True)]
-    below = [None if v is None or low is None else v - low for v, low in zip(values, lows, strict=True)]
-    trace = {
-        "mode": "markers",
-        "x": values,
-        "y": [label(e.arm.replace("/", " reads ")) for e in estimates],
-        "marker": {"color": shades, "size": 9},
-        "error_x": {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": "#777777"},
-        "customdata": [list(row) for row in zip(lows, highs, (e.n_problems for e in estimates), strict=True)],
-        "hovertemplate": "%{y}: %{x:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}], %{customdata[2]} problems"
-        "<extra></extra>",
-        "showlegend": False,
-    }
+    trace = _marks(estimates, [label(e.arm.replace("/", " reads ")) for e in estimates], shades)
+    trace["hovertemplate"] = "%{y}: " + trace["hovertemplate"] + "<extra></extra>"
     x = {"title": {"text": unit}, "zeroline": True}
-    return _chart(title, [trace], 110 + 34 * len(estimates), xaxis=x, yaxis={"autorange": "reversed"})
+    return chart_of(
+        title, [{**trace, "showlegend": False}], 110 + 34 * len(estimates), xaxis=x, yaxis={"autorange": "reversed"}
+    )
 
 
 def knockout_chart(losses: Table, readers: Sequence[str]) -> dict[str, Any]:
@@ -374,26 +257,7 @@ def knockout_chart(losses: Table, readers: Sequence[str]) -> dict[str, Any]:
         "categoryarray": [role if role != "random" else "random positions" for role in order],
     }
     y = {"title": {"text": "probability lost"}, "zeroline": True}
-    return _chart("", data, 360, boxmode="group", xaxis=x, yaxis=y)
-
-
-def attribution_charts(heads: Table, readers: Sequence[str]) -> dict[str, Any]:
-    """Maps of layer x head, one a reader, and the limit."""
-    layers, columns = sorted(heads["layer"].unique()), sorted(heads["head"].unique())
-    limit = limit_of(heads["value"])
-    hover = [[f"layer {layer}, head {head}" for head in columns] for layer in layers]
-    charts = []
-    for reader in readers:
-        one = heads[heads["reader"] == reader]
-        if len(one):
-            wide = one.pivot_table(index="layer", columns="head", values="value").reindex(layers, columns=columns)
-            rows = [str(layer) for layer in layers]
-            height = 26 if len(layers) <= 12 else 11
-            axes = ("head", "layer")
-            values = wide.to_numpy(float)
-            chart = heatmap(f"reader {reader}", values, columns, rows, limit, hover, row_height=height, axes=axes)
-            charts.append(chart)
-    return {"charts": charts, "limit": limit}
+    return chart_of("", data, 360, boxmode="group", xaxis=x, yaxis=y)
 
 
 def bridge_chart(points: Table, disagreements: Table, readers: Sequence[str]) -> dict[str, Any]:
@@ -417,4 +281,4 @@ def bridge_chart(points: Table, disagreements: Table, readers: Sequence[str]) ->
         data.append({**trace, "marker": marker, "text": names, "customdata": links, "hovertemplate": hover})
     x = {"title": {"text": "behaviour: mistake in the step<br>(total variation)"}}
     y = {"title": {"text": "mechanism: knockout (probability lost)"}}
-    return _chart("", data, 420, xaxis=x, yaxis=y)
+    return chart_of("", data, 420, xaxis=x, yaxis=y)
