@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -364,8 +365,12 @@ def test_arrows_are_explained_only_where_they_are_drawn(browser: Browser, run: R
         watched.page.context.close()
 
 
-def test_no_text_of_a_chart_is_cut_off_on_a_narrow_screen(browser: Browser, run: RunDirectory) -> None:
-    watched = Watched(browser, run.path / "report.html", viewport=NARROW)
+def test_no_text_of_a_chart_is_cut_off_on_a_narrow_screen(browser: Browser, tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    run.write_estimates(
+        [replace(estimate, arm=f"{estimate.arm}/supplied by base") for estimate in run.read_estimates()]
+    )
+    watched = Watched(browser, build_report(run), viewport=NARROW)
     places = watched.page.locator("main [data-chart]").all()
     for place in places:
         place.scroll_into_view_if_needed()
