@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from . import views
-from .figure_style import PAPER_WIDTH, draw_map, draw_scale, drawable, label_ticks
+from .figure_style import PAPER_WIDTH, draw_map, draw_scale, drawable, label_ticks, title_panels
 from .markup import limit_of
 from .outcomes import Table
 
@@ -28,9 +28,10 @@ def chain_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Fig
         one = cells[cells["reader"] == reader]
         wide = one.pivot_table(index="step", columns="layer", values="effect").reindex(index=steps, columns=layers)
         draw_map(axis, wide.to_numpy(float), limit)
-        axis.set(title=f"reader {drawable(reader)}", xlabel="layer of the patch")
+        axis.set_xlabel("layer of the patch")
         label_ticks(axis, "x", layers, most=8)
         axis.set_yticks([])
+    title_panels(figure, axes, [f"reader {reader}" for reader in readers], width=34)
     marks = ["● " if step == chain.get("true_step") else "" for step in steps]
     texts = [textwrap.shorten(drawable(step), 78, placeholder=" …") for step in chain["steps"]]
     labels = [f"{mark}{textwrap.fill(text, 40)}" for mark, text in zip(marks, texts, strict=True)]
@@ -101,9 +102,10 @@ def matrix_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Fi
     for axis, reader in zip(axes, readers, strict=True):
         wide = cells[cells["reader"] == reader].pivot_table(index="row", columns="step", values="value")
         draw_map(axis, wide.reindex(index=range(1, n + 1), columns=range(n)).to_numpy(float), limit)
-        axis.set(title=f"reader {drawable(reader)}", xlabel="step that cannot be seen")
+        axis.set_xlabel("step that cannot be seen")
         label_ticks(axis, "x", [_marked(chain, step) for step in range(n)], most=10)
         axis.set_yticks([])
+    title_panels(figure, axes, [f"reader {reader}" for reader in readers])
     label_ticks(axes[0], "y", [*(f"step {step + 1}" for step in range(1, n)), "answer"], most=40)
     axes[0].set_ylabel("what cannot see it")
     draw_scale(figure, axes, limit, "probability lost\n(masked)")

@@ -7,6 +7,8 @@ in every map. Text of models and data is never read as mathtext.
 from __future__ import annotations
 
 import functools
+import re
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,6 +70,25 @@ def drawable(text: str) -> str:
     font = _font()
     plain = " ".join(text.split())
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in plain)
+
+
+def title_panels(figure: Figure, axes: Iterable[Axes], texts: Iterable[str], width: int = 48) -> None:
+    """Title neighbouring panels, wrapped so that none reaches the next, and make the figure higher by the lines added.
+
+    `width` is the characters that fit beside each other over all panels; a name that is longer than its panel is wide
+    breaks after `_`, `-` or `/`.
+    """
+    axes = list(axes)
+    most = max(6, width // len(axes))
+    long_names = textwrap.TextWrapper(most)
+    long_names.wordsep_re = re.compile(r"(\s+|[^\s_/-]+[_/-]+(?=\S))")
+    whole = textwrap.TextWrapper(most, break_on_hyphens=False)
+    titles = [
+        (whole if max(map(len, text.split()), default=0) <= most else long_names).fill(drawable(text)) for text in texts
+    ]
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title)
+    figure.set_figheight(figure.get_figheight() + 0.14 * max(title.count("\n") for title in titles))
 
 
 def draw_map(axis: Axes, values: np.ndarray, limit: float, lines: bool = True) -> None:

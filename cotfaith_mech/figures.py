@@ -19,6 +19,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -34,6 +35,7 @@ from .figure_style import (
     drawable,
     label_ticks,
     marker_of,
+    title_panels,
 )
 from .markup import limit_of
 from .outcomes import Table
@@ -45,6 +47,10 @@ CURVE_LABELS = {"early_termination": "Early termination", "filler": "Filler", "p
 CURVE_Y = "answers unchanged (share)"
 ROLE_COLOURS = {"true step": "#333333", "all steps": "#333333", "other steps": "#8C8C8C", "random": "#D9D9D9"}
 MAX_CHAIN_MAPS = 3
+MAX_NAMED = 4
+"""Ringed points of a panel of the bridge that are named."""
+NAME_ROW = 0.055
+COVER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 
 
 def draw_figures(run: RunDirectory) -> list[Path]:
@@ -154,10 +160,9 @@ def patching_figure(cells: Table, readers: list[str]) -> Figure:
     axes = figure.subplots(rows, len(maps), squeeze=False)
     for axis, reader in zip(axes[0], maps, strict=True):
         draw_map(axis, maps[reader], limit)
-        axis.set_title(f"reader {drawable(reader)}")
+    title_panels(figure, axes[0], [f"reader {reader}" for reader in maps])
     for axis, (a, b) in zip(axes[-1][1:], gaps, strict=True):
         draw_map(axis, gaps[a, b], limit)
-        axis.set_title(f"{drawable(a)} − {drawable(b)}")
         axis.set_xlabel("layer of the patch")
     for axis in axes.ravel():
         label_ticks(axis, "x", layers, most=8)
@@ -166,6 +171,7 @@ def patching_figure(cells: Table, readers: list[str]) -> Figure:
         label_ticks(axis, "y", roles)
     if gaps:
         axes[1][0].set_visible(False)
+        title_panels(figure, axes[1], ["", *(f"{a} − {b}" for a, b in gaps)])
     axes[0][0].set_xlabel("layer of the patch")
     variant = cells["variant"].iloc[0]
     draw_scale(figure, axes.ravel(), limit, f"Δ logit difference\n({variant}, logits)")
@@ -184,7 +190,8 @@ def trace_figure(decided: Table, readers: list[str]) -> Figure:
         axis.tick_params(length=0)
         label_ticks(axis, "x", list(wide.columns), most=8)
         label_ticks(axis, "y", [f"{x:.2f}".replace("0.", ".") for x in wide.index], most=8)
-        axis.set(title=f"reader {drawable(reader)}", xlabel="layer read by the logit lens")
+        axis.set_xlabel("layer read\nby the logit lens")
+    title_panels(figure, axes, [f"reader {reader}" for reader in shown])
     axes[0].set_ylabel("part of the chain kept")
     colours = ScalarMappable(Normalize(0, 1), "Blues")
     figure.colorbar(colours, ax=list(axes), label="p(answer's first token)", shrink=0.9, aspect=14)
@@ -212,8 +219,9 @@ def cross_model_figure(cells: Table, readers: list[str]) -> Figure:
                 for value in own:
                     axis.axhline(value, color="#555555", linestyle="--", linewidth=0.8)
                     axis.annotate(drawable(names[model]), (1.01, value), xycoords=("axes fraction", "data"), fontsize=7)
-            title = f"one layer of {drawable(names[donor])} in {drawable(names[into])}"
-            axis.set(title=title, xlabel="layer exchanged", ylim=(-0.02, 1.02))
+            axis.set(xlabel="layer exchanged", ylim=(-0.02, 1.02))
+        pairs = ((readers[0], reader), (reader, readers[0]))
+        title_panels(figure, row, [f"one layer of {donor} in {into}" for donor, into in pairs])
         row[0].set_ylabel("P(chain's answer)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
@@ -261,8 +269,9 @@ def conflict_figure(triple: Table, readers: list[str]) -> Figure:
                 if size >= 0.15:
                     axis.text(start + size / 2, y, f"{size:.2f}", ha="center", va="center", fontsize=7)
             left = left + np.nan_to_num(width)
-        axis.set(title=drawable(variant).replace("_", " "), xlim=(0, 1), xlabel="probability")
+        axis.set(xlim=(0, 1), xlabel="probability")
         axis.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+    title_panels(figure, axes, [variant.replace("_", " ") for variant in variants])
     axes[0].set_yticks(range(len(readers)), [f"reader {drawable(reader)}" for reader in readers])
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
@@ -273,29 +282,48 @@ def conflict_figure(triple: Table, readers: list[str]) -> Figure:
 def bridge_figure(points: Table, disagreements: Table, readers: list[str]) -> Figure:
     """Behaviour (mistake) against mechanism (knockout), one point a step; disagreeing chains are ringed and named."""
     shown = views.present(readers, points)
-    figure = Figure(figsize=(PAPER_WIDTH, 2.7))
+    apart = disagreements[disagreements["mechanism"] == "knockout"]
+    rings = apart.merge(
+        points,
+        left_on=["reader", "chain_id", "step_behaviour"],
+        right_on=["reader", "chain_id", "step"],
+        suffixes=("", "_point"),
+    )
+    of_reader = {reader: rings[rings["reader"] == reader] for reader in shown}
+    n_rows = 1 + min(MAX_NAMED, max(len(one) for one in of_reader.values()))
+    figure = Figure(figsize=(PAPER_WIDTH, 2.7 + 0.12 * n_rows))
     axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-    for axis, reader in zip(axes, shown, strict=True):
+    for axis, (reader, ringed) in zip(axes, of_reader.items(), strict=True):
         one = points[points["reader"] == reader]
         axis.scatter(one["mistake"], one["knockout"], s=14, color=colour_of(readers, reader), alpha=0.6, linewidths=0)
-        of_reader = disagreements[(disagreements["reader"] == reader) & (disagreements["mechanism"] == "knockout")]
-        named = of_reader.merge(
-            one, left_on=["chain_id", "step_behaviour"], right_on=["chain_id", "step"], suffixes=("", "_point")
+        axis.scatter(
+            ringed["mistake"], ringed["knockout"], s=42, facecolors="none", edgecolors="#222222", linewidths=0.8
         )
-        axis.scatter(named["mistake"], named["knockout"], s=42, facecolors="none", edgecolors="#222222", linewidths=0.8)
-        for rank, (_, row) in enumerate(named.head(4).sort_values("knockout", ascending=False).iterrows()):
-            text = textwrap.shorten(drawable(row["problem_id"]), 14, placeholder="…")
-            target = (0.7, 0.94 - 0.085 * rank)
-            line = {"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.5}
-            axis.annotate(
-                text, (row["mistake"], row["knockout"]), target, textcoords="axes fraction", fontsize=6.5, ha="right",
-                va="top", arrowprops=line,
-            )  # fmt: skip
+        _name_rings(axis, ringed)
         axis.axhline(0, color="#BBBBBB", linewidth=0.6, zorder=0)
-        axis.set(title=f"reader {drawable(reader)}  ({len(named)} disagree)", xlim=(-0.04, 1.04))
-        axis.set_xlabel("behaviour: mistake in the step\n(total variation)")
+        axis.set_xlim(-0.04, 1.04)
+        axis.set_xlabel("behaviour: mistake in the step\n(total variation)" if len(shown) < 4 else "behaviour")
+    title_panels(figure, axes, [f"reader {reader}" for reader in shown])
+    low, high = points["knockout"].min(), points["knockout"].max()
+    span = max(high - low, 0.1)
+    axes[0].set_yticks(np.linspace(-1, 1, 11))
+    axes[0].set_ylim(low - 0.06 * span, low + 1.06 * span / (0.98 - NAME_ROW * n_rows))
     axes[0].set_ylabel("mechanism: knockout\n(probability lost)")
     return figure
+
+
+def _name_rings(axis: Axes, ringed: Table) -> None:
+    """Say above all points how many are ringed, and name the first ones, each at the end of a line that names cover."""
+    place: dict[str, Any] = {"textcoords": "axes fraction", "fontsize": 6.5, "va": "top"}
+    unnamed = f", {len(ringed) - MAX_NAMED} not named" if len(ringed) > MAX_NAMED else ""
+    top = (0.03, 0.98)
+    axis.annotate(f"{len(ringed)} disagree{unnamed}", top, top, xycoords="axes fraction", **place)
+    first = ringed.head(MAX_NAMED).sort_values("mistake", ascending=False)
+    for row, (problem, x, y) in enumerate(zip(first["problem_id"], first["mistake"], first["knockout"], strict=True)):
+        at, name = (0.45, 0.98 - NAME_ROW * (row + 1)), textwrap.shorten(drawable(problem), 14, placeholder="…")
+        line = {"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.5, "relpos": (1, 0.5), "shrinkA": 0}
+        axis.annotate(name, (x, y), at, alpha=0, arrowprops=line, ha="right", zorder=2, **place)
+        axis.annotate(name, at, at, xycoords="axes fraction", ha="right", bbox=COVER, zorder=5, **place)
 
 
 def knockout_figure(losses: Table, readers: list[str]) -> Figure:
@@ -316,10 +344,11 @@ def knockout_figure(losses: Table, readers: list[str]) -> Figure:
             axis.plot([x, x], [low, high], color="#222222", linewidth=1.2)
             axis.plot(x, np.nanmean(values), marker="_", markersize=14, markeredgewidth=1.8, color="#222222")
         axis.axhline(0, color="#BBBBBB", linewidth=0.6, zorder=0)
-        axis.set(title=f"reader {drawable(reader)}", xlim=(-0.6, len(roles) - 0.4))
+        axis.set_xlim(-0.6, len(roles) - 0.4)
         axis.set_xticks(
             range(len(roles)), [role.replace(" ", "\n") if role != "random" else "random\npositions" for role in roles]
         )
+    title_panels(figure, axes, [f"reader {reader}" for reader in shown])
     axes[0].set_ylabel("probability lost by the answer")
     return figure
 
@@ -335,11 +364,12 @@ def attribution_figure(heads: Table, readers: list[str]) -> Figure:
         one = heads[heads["reader"] == reader]
         wide = one.pivot_table(index="layer", columns="head", values="value").reindex(index=layers, columns=numbers)
         draw_map(axis, wide.to_numpy(float), limit)
-        axis.set(title=f"reader {drawable(reader)}", xlabel="head")
+        axis.set_xlabel("head")
         label_ticks(axis, "x", numbers)
         label_ticks(axis, "y", layers)
     if axes[0].get_ylim()[0] > axes[0].get_ylim()[1]:
         axes[0].invert_yaxis()
+    title_panels(figure, axes, [f"reader {reader}" for reader in readers])
     axes[0].set_ylabel("layer (first at the bottom)")
     draw_scale(figure, axes, limit, "direct contribution\nfrom the true step (logits)")
     return figure

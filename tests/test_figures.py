@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from cotfaith_mech import figures, views
+from cotfaith_mech.bridge import DISAGREEMENT
 from cotfaith_mech.chain_figures import heads_figure, tokens_figure
 from cotfaith_mech.records import COLUMNS, RunDirectory
 
@@ -219,6 +223,62 @@ def test_maps_share_limits_symmetric_around_zero(run: RunDirectory) -> None:
     assert array[0, 0] == pytest.approx(
         cells.query("reader == 'A' and role == 'true step' and layer == 0")["effect"].item()
     )
+
+
+LONG = ("base_of_the_study_20", "answers_shortcut_200", "chains-of-the-base20", "AnotherDomain0123456")
+
+
+def boxes(figure: Figure, texts: list[Any]) -> list[Any]:
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    return [text.get_window_extent(renderer) for text in texts]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_titles_of_neighbouring_panels_do_not_meet(run: RunDirectory, n: int) -> None:
+    names, chains = list(LONG[:n]), run.read_chains()
+    records = run.read_records().drop(columns="reader")
+    records = pd.concat([records[run.read_records()["reader"] == "A"].assign(reader=name) for name in names])
+    cells = views.aligned_patches(records, chains)
+    triple, heads = views.conflict(records), views.attribution(records, chains)
+    patched = views.patches(records)
+    own = patched[(patched["chain_id"] == chains[0]["chain_id"]) & (patched["variant"] == "noise")]
+    apart = pd.DataFrame(columns=list(DISAGREEMENT))
+    with matplotlib.rc_context(figures.STYLE):
+        drawn = [
+            figures.patching_figure(cells[cells["variant"] == "noise"], names),
+            figures.bridge_figure(views.bridge(records), apart, names),
+            figures.knockout_figure(views.knockout(records, chains), names),
+            figures.attribution_figure(heads, names),
+            figures.conflict_figure(triple, names),
+            figures.chain_figure(own, chains[0], names),
+        ]
+        for figure in drawn:
+            titles = [axis._left_title for axis in figure.axes if axis.get_visible() and axis.get_title(loc="left")]
+            assert len(titles) >= n or figure is drawn[4]
+            found = boxes(figure, titles)
+            assert not [(i, j) for j, b in enumerate(found) for i, a in enumerate(found[:j]) if a.overlaps(b)]
+            assert max(box.x1 for box in found) <= figure.bbox.x1
+            assert max(box.y1 for box in found) <= figure.bbox.y1
+
+
+def test_every_ring_of_the_bridge_is_named_or_counted(run: RunDirectory) -> None:
+    points = views.bridge(run.read_records())
+    points = points[points["reader"] == "B"].reset_index(drop=True)
+    chosen = points.groupby("chain_id").head(1)
+    apart = chosen.assign(mechanism="knockout", step_behaviour=chosen["step"])[
+        ["reader", "chain_id", "problem_id", "mechanism", "step_behaviour"]
+    ]
+    with matplotlib.rc_context(figures.STYLE):
+        figure = figures.bridge_figure(points, apart, ["B"])
+        (axis,) = figure.axes
+        labels = [text for text in axis.texts if text.get_alpha() != 0]
+        assert labels[0].get_text() == "6 disagree, 2 not named"
+        assert sorted(text.get_text() for text in labels[1:]) == sorted(apart["problem_id"][:4])
+        found = boxes(figure, labels)
+    assert not [(i, j) for j, b in enumerate(found) for i, a in enumerate(found[:j]) if a.overlaps(b)]
+    highest = axis.transData.transform((0, points["knockout"].max()))[1]
+    assert min(box.y0 for box in found) > highest
 
 
 def test_a_reader_without_mechanism_leaves_no_empty_map(run: RunDirectory) -> None:
