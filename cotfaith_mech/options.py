@@ -48,9 +48,9 @@ def complete_run(incomplete: str) -> list[str]:
 
 def _tell_version(asked: bool) -> bool:
     if asked:
-        from . import __version__
+        from importlib.metadata import version
 
-        typer.echo(f"cotfaith {__version__}")
+        typer.echo(f"cotfaith {version('cotfaith-mech')}")
         raise typer.Exit
     return asked
 

@@ -37,6 +37,8 @@ from cotfaith_mech.problems import AnswerKind
 from cotfaith_mech.records import Record, RunDirectory
 from cotfaith_mech.stats import Estimate
 
+REFUSING = ("rows", "study", "run_directory")
+"""Targets that refuse some of their inputs."""
 SECONDS = 10
 """An input that takes longer counts as a hang."""
 
