@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,9 +116,9 @@ def measure_unit(
 def donors_of(units: Sequence[Unit], number: int) -> list[Chain]:
     """Chains of the unit's author to other problems, those that follow it first."""
     own = units[number].chain
-    others = [unit.chain for unit in [*units[number + 1 :], *units[:number]]]
-    found = [one for one in others if one.author == own.author and one.problem_id != own.problem_id]
-    return found[:PATCH_DONORS]
+    others = (units[i % len(units)].chain for i in range(number + 1, number + len(units)))
+    found = (one for one in others if one.author == own.author and one.problem_id != own.problem_id)
+    return list(islice(found, PATCH_DONORS))
 
 
 def measured_of(
