@@ -5,6 +5,7 @@ Heavy libraries are imported by the verb that needs them, so that help and compl
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -72,6 +73,12 @@ def main() -> None:
     except Interrupted as stopped:
         typer.echo(stopped.told, err=True)
         raise
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        told = "free some space and give the same command again, what was finished is kept"
+        typer.echo(f"Error: {error.strerror}; {told}.", err=True)
+        raise SystemExit(1) from None
 
 
 def _tell_of_bug(kind: type[BaseException], error: BaseException, _: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import peft
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -300,3 +302,23 @@ def test_bad_usage_names_the_option(cotfaith: Cotfaith) -> None:
     assert (code, "No such option: --sede" in shown, "--seed" in shown) == (2, True, True), shown
     code, shown = cotfaith("test", "-r", "A=x", "-p", "people:1", "--seed", "three")
     assert (code, "--seed" in shown, "Traceback" in shown) == (2, True, False), shown
+
+
+def test_a_full_disk_is_no_bug_wherever_it_is_met(
+    cotfaith: Cotfaith, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a unit is written, which is lost whole and leaves nothing half written; while a figure is."""
+    study = write_tiny_study(tmp_path, 3, tests=["filler"], mechanisms=["knockout"])
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pq, "write_table", full)
+        refused(cotfaith("study", str(study), "-o", "run", "-q"), "No space left on device", "free some space")
+    assert [path.name for path in Path("run/records").iterdir()] == []
+    with monkeypatch.context() as patched:
+        patched.setattr("matplotlib.figure.Figure.savefig", full)
+        refused(cotfaith("study", str(study), "-o", "run", "-q"), "No space left on device", "free some space")
+    assert cotfaith("study", str(study), "-o", "run", "-q")[0] == 0
+    assert len(list(Path("run/records").iterdir())) == 3
