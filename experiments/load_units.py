@@ -61,7 +61,8 @@ def run_units(n: int, folder: Path) -> dict[str, Any]:
     )
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = parse_config(
-        {"readers": [{"name": "A", "model": "stub"}], "problems": str(folder / "rows.jsonl"), "crosscheck_cells": 0}
+        {"readers": [{"name": "A", "model": "stub"}], "problems": str(folder / "rows.jsonl")}
+        | {"tests": ["filler"], "crosscheck_cells": 0}
     )
     process, marks, started = psutil.Process(), [], time.perf_counter()
 

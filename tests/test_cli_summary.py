@@ -98,7 +98,7 @@ def cotfaith(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     """stdout and stderr of a command whose study is at once a finished run."""
 
     def run(*arguments: str) -> tuple[str, str]:
-        monkeypatch.setattr(study, "run_study", lambda config, out, progress: finished_run(Path(out)))
+        monkeypatch.setattr(study, "run_study", lambda config, out, progress, shard: finished_run(Path(out)))
         monkeypatch.setattr(sys, "argv", ["cotfaith", *arguments])
         with pytest.raises(SystemExit) as left:
             cli.main()

@@ -140,7 +140,7 @@ def test_the_page_opens_with_a_verdict_of_each_group_and_says_what_was_left_out(
             run.write_estimates([*run.read_estimates(), *triple])
             manifest = run.read_manifest()
             config = manifest["config"] | {"primary": ["filler/change", "conflict/record_agree/p_chain"]}
-            run.write_manifest(manifest | {"config": config})
+            run.update_manifest(manifest | {"config": config})
             run.write_chains([{"author": "supplied", "problem_id": "p"}])
             runs.append(run)
     for problem in "pq":

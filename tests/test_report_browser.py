@@ -392,7 +392,7 @@ def merged_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, value in ((1, -0.5), (2, -0.3)):
             one = kept(folder, condition, seed, value)
             manifest = one.read_manifest()
-            one.write_manifest(manifest | {"config": manifest["config"] | {"primary": ["filler/change"]}})
+            one.update_manifest(manifest | {"config": manifest["config"] | {"primary": ["filler/change"]}})
             one.write_chains([{"author": "supplied", "problem_id": "p"}])
             more = [Estimate(f"knockout/step{i}", "tuned", 9, 0.1, 0.0, 0.2, 0.5, "x") for i in range(3)]
             one.write_estimates([*one.read_estimates(), *more])

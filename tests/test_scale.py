@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ STUDY = {
     "cross_model": "write_read",
     "crosscheck_cells": 0,
 }
+
+QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+"""A dead node is noticed within seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,7 @@ def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": QUICK})
     made.second = made.add_node(num_cpus=2)
     ray.init(address=made.address, logging_level="ERROR", log_to_driver=False)
     yield made
@@ -120,18 +123,21 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
-def is_worker(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).cmdline()[:1] == ["ray::Worker.measure"]
-    except psutil.Error:
-        return False
+def a_worker() -> int:
+    """The process of a worker that is at a unit."""
+    for _ in range(3000):
+        for process in psutil.process_iter(["cmdline"]):
+            if (process.info["cmdline"] or [])[:1] == ["ray::Worker.measure"]:
+                return process.pid
+        time.sleep(0.01)
+    raise AssertionError("no worker was seen at a unit")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_and_a_node_die_and_the_records_are_those_of_one_process(
     cluster: Any, alone: RunDirectory, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker at the third unit is killed, then the node that has most of the workers; units are done elsewhere."""
+    """A worker at a unit of the first reader, and at the second reader's the node with two of the three workers."""
     finished, deaths = [], []
     count = scale._Gang._count_death
 
@@ -146,11 +152,11 @@ def test_a_worker_and_a_node_die_and_the_records_are_those_of_one_process(
             yield item
             finished.append(label)
             if len(finished) == 2:
-                os.kill(next(pid for pid in psutil.pids() if is_worker(pid)), signal.SIGKILL)
-            if len(finished) == 5:
-                threading.Thread(target=cluster.remove_node, args=(cluster.second,)).start()
+                os.kill(a_worker(), signal.SIGKILL)
+            if len(finished) == 8:
+                cluster.remove_node(cluster.second)
 
-    run = measure_on_ray(config, tmp_path / "run", Crew(workers=2), progress)
+    run = measure_on_ray(config, tmp_path / "run", Crew(workers=3), progress)
     assert len(finished) == alone.n_units()
     assert len(deaths) >= 2
     same(run, alone)
