@@ -37,9 +37,6 @@ STUDY = {
     "crosscheck_cells": 0,
 }
 
-QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-"""A dead node is noticed within seconds."""
-
 
 @pytest.fixture(scope="module")
 def config() -> StudyConfig:
@@ -115,7 +112,7 @@ def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": QUICK})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     made.second = made.add_node(num_cpus=2)
     ray.init(address=made.address, logging_level="ERROR", log_to_driver=False)
     yield made
