@@ -40,7 +40,7 @@ from cotfaith_mech.stats import Estimate
 REFUSING = ("rows", "study", "run_directory")
 """Targets that refuse some of their inputs."""
 SECONDS = 10
-"""An input that takes longer counts as a hang."""
+"""An input that takes longer, in seconds of the processor, counts as a hang."""
 
 ROWS: list[dict[str, Any]] = [
     {"question": "Ann has 3 + 4 nuts. How many?", "answer": "7", "steps": ["Ann has 3 + 4 = 7.", " So 7."], "id": "a"},
@@ -225,12 +225,12 @@ def in_time() -> Iterator[None]:
     def late(*_: object) -> None:
         raise TimeoutError(f"longer than {SECONDS} s")
 
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def fuzz(inputs: int, seed: int) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def fuzz(inputs: int, seed: int) -> dict[str, Any]:
         targets = Targets(Path(folder))
         for number in range(inputs):
             name = names[number % len(names)]
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 with in_time():
                     getattr(targets, name)(random.Random(f"{seed} {number}"))
@@ -254,7 +254,7 @@ def fuzz(inputs: int, seed: int) -> dict[str, Any]:
                 told = f"{type(error).__name__}: {str(error)[:120]} ({Path(where.filename).name}:{where.lineno})"
                 faults.append({"target": name, "number": number, "error": told})
             tried[name] += 1
-            slowest = max(slowest, time.perf_counter() - began)
+            slowest = max(slowest, time.process_time() - began)
     return {
         "inputs": inputs,
         "seed": seed,
