@@ -220,7 +220,7 @@ def load_config(path: str | Path) -> StudyConfig:
         raise CotfaithError(
             f"{str(path)!r} is no text in UTF-8 (see its byte {error.start}); give a YAML file, saved as UTF-8."
         ) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise CotfaithError(f"Cannot read the study {str(path)!r}: {error}.") from error
     if not isinstance(data, dict):
         raise CotfaithError(f"{str(path)!r} holds no mapping of keys; begin with 'readers:' and 'problems:'.")

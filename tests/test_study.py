@@ -112,6 +112,13 @@ def test_a_changed_config_on_an_old_run_is_refused(run: RunDirectory) -> None:
         run_study(parse_config({**SMALL, "draws": 3}), run.path)
 
 
+def test_a_study_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("readers: " + "[" * 3000)
+    with pytest.raises(CotfaithError, match="Cannot read the study"):
+        load_config(path)
+
+
 def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("readers: [{name: A, model: x}]\nproblem: people:2\n")
