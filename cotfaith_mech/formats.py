@@ -225,6 +225,8 @@ def _pubmedqa(row: Row, origin: Origin) -> Problem | str:
     question, gold, steps = _text(row, "question"), _text(row, "final_decision"), _text(row, "long_answer")
     if gold.strip().lower() not in ("", *YESNO):
         return f"the answer is {gold!r}; expected {', '.join(YESNO)}"
+    if not isinstance(contexts, list | tuple):
+        return f"contexts is {str(contexts)[:40]!r}; expected a list of texts"
     return _problem(origin, question, gold, steps, context="\n".join(map(str, contexts)))
 
 

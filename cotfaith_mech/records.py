@@ -487,7 +487,7 @@ def _read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
     if not path.is_file():
         raise CotfaithError(f"{path} does not exist; run the study that writes it first.")
     found = _parquet_schema(path)
-    if found.names != schema.names:
+    if found.names != schema.names or found.types != schema.types:
         raise CotfaithError(f"{path} has columns {found.names}, expected {schema.names}; delete it and run again.")
     try:
         table = pq.read_table(path)
