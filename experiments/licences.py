@@ -9,6 +9,7 @@ import csv
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {
@@ -21,7 +22,7 @@ WEIGHTS = {
 def licence_of(name: str) -> str:
     """The licence expression, else the classifiers, else the first line of the licence field."""
     try:
-        about = metadata.metadata(name)
+        about: Any = metadata.metadata(name)
     except metadata.PackageNotFoundError:
         return "not installed here"
     classified = [
