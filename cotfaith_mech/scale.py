@@ -82,7 +82,8 @@ class Worker:
 def run_study_on_ray(config: StudyConfig, out: str | Path, crew: Crew, progress: Progress = silent) -> RunDirectory:
     """Run what is missing of `config` on a Ray cluster, then estimate, draw and report here."""
     run = measure_on_ray(config, out, crew, progress)
-    conclude(run, progress)
+    with run.writing():
+        conclude(run, progress)
     return run
 
 

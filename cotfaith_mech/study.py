@@ -39,7 +39,8 @@ def run_study(
     of how many) its units alone are measured, and nothing is concluded."""
     run = measure_study(config, out, progress, shard)
     if shard is None:
-        conclude(run, progress)
+        with run.writing():
+            conclude(run, progress)
     return run
 
 
