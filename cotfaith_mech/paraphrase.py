@@ -318,12 +318,12 @@ def paraphrase_step(step: str, rng: np.random.Generator) -> str | None:
 
 
 def _sentence(sentence: str, rng: np.random.Generator) -> str:
-    """Marker + opening + core + end, each redrawn; a formula gets an opening only, other scripts stay."""
-    marker = _MARKER.match(sentence)
-    start = marker.end() if marker else 0
-    end = _END.search(sentence, start)
-    stop = end.start() if end else len(sentence)
+    """Marker, opening, core, end, each redrawn; formulas get an opening only; other scripts and very long ones stay."""
+    start = marker.end() if (marker := _MARKER.match(sentence)) else 0
+    stop = end.start() if (end := _END.search(sentence, start)) else len(sentence)
     core = sentence[start:stop]
+    if len(core) > 1000:
+        return sentence
     if not re.search(r"[A-Za-z]{2}", core):
         if re.search(r"[^\W\d_]{2}", core) or not re.search(r"\w", core):
             return sentence

@@ -291,3 +291,12 @@ def test_nearly_every_gsm8k_step_has_five_valid_paraphrases():
     n_draws = [len(draws(step, 20)) for step in steps]
     assert np.mean([n > 0 for n in n_draws]) > 0.95
     assert np.mean([n >= 5 for n in n_draws]) > 0.9
+
+
+def test_what_is_longer_than_any_sentence_stays_and_takes_no_time() -> None:
+    """The patterns backtrack on it: a run of 1,900 digits took ten seconds."""
+    long = f"The answer is {'word ' * 300}or C."
+    assert paraphrase_step(long, np.random.default_rng(0)) is None
+    drawn = {paraphrase_step(f"Then Ann has 3 nuts. {long}", np.random.default_rng(seed)) for seed in range(8)} - {None}
+    assert drawn
+    assert all(text.endswith(long) for text in drawn)
