@@ -107,9 +107,10 @@ def test_what_is_no_shard_is_refused(text: str) -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
-    """Two nodes on loopback, the head with one core and the other with two."""
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Two nodes on loopback, the head with one core and the other with two; workers as urgent as the tests beside."""
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
