@@ -8,24 +8,30 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
 import json
-import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .disk import (
+    make_folder,
+    plain,
+    read_carried,
+    read_jsonl,
+    read_parquet,
+    write_atomically,
+    write_json,
+    write_jsonl,
+)
 from .errors import CotfaithError
 from .locks import PREFIX, lock
 from .stats import Estimate
@@ -104,6 +110,8 @@ _ESTIMATES = pa.schema(
     ]
 )
 _META_KEY = b"cotfaith"
+_AT_ONCE = 5000
+"""How many unit files are held while they are copied."""
 _KEPT_META = "units.json.gz"
 _EXCLUDED = ("problem_id", "chain_id", "reader", "stage", "reason")
 _EXCLUSIONS = "exclusions"
@@ -152,7 +160,7 @@ def as_frame(table: pa.Table) -> pd.DataFrame:
 
 def unit_id(reader_identity: Any, chain_id: str, plan: Any) -> str:
     """Content hash naming one unit of work; `reader_identity` and `plan` are any JSON-like values."""
-    content = json.dumps(_plain([reader_identity, chain_id, plan]), sort_keys=True, allow_nan=False)
+    content = json.dumps(plain([reader_identity, chain_id, plan]), sort_keys=True, allow_nan=False)
     return hashlib.sha256(content.encode()).hexdigest()[:20]
 
 
@@ -178,7 +186,7 @@ class RunDirectory:
         """
         path = Path(path)
         if not cls.check(path, config):
-            _write_json(path / "manifest.json", {"config": config})
+            write_json(path / "manifest.json", {"config": config})
         return cls(path)
 
     @classmethod
@@ -190,7 +198,7 @@ class RunDirectory:
             if there:
                 raise CotfaithError(f"{path} holds files but no run; choose a new or empty output folder.")
             return False
-        difference = _differing_key(cls(path).read_manifest().get("config"), _plain(config))
+        difference = _differing_key(cls(path).read_manifest().get("config"), plain(config))
         if difference and there != ["manifest.json"]:
             raise CotfaithError(f"{path} holds a run of another config: {difference}; choose a new output folder.")
         return difference is None
@@ -203,7 +211,7 @@ class RunDirectory:
     def figures(self) -> Path:
         """Folder of the figures, made on first use."""
         folder = self.path / "figures"
-        _make_folder(folder)
+        make_folder(folder)
         return folder
 
     def has_unit(self, unit: str) -> bool:
@@ -227,9 +235,9 @@ class RunDirectory:
         """Write one finished unit in one move; `meta` (JSON-like) and what was left out of it, rows as of
         `read_exclusions`, travel in the file's schema metadata."""
         content = {"unit": unit, **meta} | ({_EXCLUSIONS: list(exclusions)} if exclusions else {})
-        encoded = json.dumps(_plain(content), allow_nan=False).encode()
+        encoded = json.dumps(plain(content), allow_nan=False).encode()
         table = arrow_table(records).replace_schema_metadata({_META_KEY: encoded})
-        _write_atomically(self._unit(unit), lambda file: pq.write_table(table, file))
+        write_atomically(self._unit(unit), lambda file: pq.write_table(table, file))
 
     def leave_out_unit(self, unit: str, exclusions: Sequence[Mapping[str, Any]]) -> None:
         """Write down that a unit cannot be measured, and why; it counts as finished."""
@@ -240,8 +248,14 @@ class RunDirectory:
 
     def read_records(self) -> pd.DataFrame:
         """The long table of all finished units, columns COLUMNS; integers that may be null are Int64."""
-        tables = [_read_parquet(path, SCHEMA).replace_schema_metadata(None) for path in self._units()]
-        return as_frame(pa.concat_tables(tables) if tables else SCHEMA.empty_table())
+        return as_frame(pa.concat_tables([SCHEMA.empty_table(), *self._tables()]))
+
+    def _tables(self) -> Iterator[pa.Table]:
+        """The long table in pieces of _AT_ONCE units."""
+        units = self._units()
+        for start in range(0, len(units), _AT_ONCE):
+            pieces = (read_parquet(path, SCHEMA) for path in units[start : start + _AT_ONCE])
+            yield pa.concat_tables([piece.replace_schema_metadata(None) for piece in pieces])
 
     def read_unit_meta(self) -> list[dict[str, Any]]:
         """The JSON object each measured unit was written with, in the order of `read_records`."""
@@ -255,33 +269,38 @@ class RunDirectory:
         kept = self.path / "records" / _KEPT_META
         if kept.is_file():
             return json.loads(gzip.decompress(kept.read_bytes()))
-        return [_unit_meta(path) for path in self._units()]
+        return [read_carried(path, _META_KEY) for path in self._units()]
 
     def compacted(self, path: str | Path, without: Sequence[str] = ()) -> RunDirectory:
         """A copy in `path`, all records in one file, a tenth of the size: to keep, draw and conclude from again, not
         to resume. Measures `without` are left out, which the manifest says; so are figures and report, made from it."""
         path = Path(path)
-        table = pa.concat_tables([_read_parquet(unit, SCHEMA).replace_schema_metadata(None) for unit in self._units()])
-        table = table.filter(pa.array([measure not in without for measure in table["measure"].to_pylist()], pa.bool_()))
         options: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "use_byte_stream_split": ["value"]}
-        options["use_dictionary"] = [name for name in table.column_names if name != "value"]
-        _write_atomically(path / "records" / "all.parquet", lambda file: pq.write_table(table, file, **options))
+        options["use_dictionary"] = [name for name in COLUMNS if name != "value"]
+
+        def write(file: BinaryIO) -> None:
+            with pq.ParquetWriter(file, SCHEMA, **options) as writer:
+                for table in self._tables():
+                    left_out = pc.is_in(table["measure"], pa.array(without, pa.string()))
+                    writer.write_table(table.filter(pc.invert(left_out)))
+
+        write_atomically(path / "records" / "all.parquet", write)
         metas = gzip.compress(json.dumps(self._metas(), allow_nan=False).encode(), 9, mtime=0)
-        _write_atomically(path / "records" / _KEPT_META, lambda file: file.write(metas))
+        write_atomically(path / "records" / _KEPT_META, lambda file: file.write(metas))
         for name in ("chains.jsonl", "exclusions.jsonl", "estimates.parquet"):
             if (self.path / name).is_file():
                 content = (self.path / name).read_bytes()
-                _write_atomically(path / name, lambda file, content=content: file.write(content))
-        _write_json(path / "manifest.json", self.read_manifest() | {"records_left_out": list(without)})
+                write_atomically(path / name, lambda file, content=content: file.write(content))
+        write_json(path / "manifest.json", self.read_manifest() | {"records_left_out": list(without)})
         return RunDirectory(path)
 
     def write_chains(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """One chain per line: `Chain.to_json()` and the study's own keys."""
-        _write_jsonl(self.path / "chains.jsonl", rows)
+        write_jsonl(self.path / "chains.jsonl", rows)
 
     def read_chains(self) -> list[dict[str, Any]]:
         """What `write_chains` wrote; `Chain.from_json` makes a Chain of a row."""
-        return _read_jsonl(self.path / "chains.jsonl")
+        return read_jsonl(self.path / "chains.jsonl")
 
     def add_exclusion(self, **row: str | None) -> None:
         """Put down one thing that was left out, as `add_exclusions` does."""
@@ -296,11 +315,11 @@ class RunDirectory:
             row = {name: given.get(name) for name in _EXCLUDED}
             kept.setdefault(tuple(row.values()), row)
         if len(kept) > len(known):
-            _write_jsonl(self.path / "exclusions.jsonl", kept.values())
+            write_jsonl(self.path / "exclusions.jsonl", kept.values())
 
     def _common_exclusions(self) -> list[dict[str, Any]]:
         path = self.path / "exclusions.jsonl"
-        return _read_jsonl(path) if path.is_file() else []
+        return read_jsonl(path) if path.is_file() else []
 
     def read_exclusions(self) -> list[dict[str, Any]]:
         """What was left out: `problem_id chain_id reader stage reason` a row, those of units behind the others; empty
@@ -314,11 +333,11 @@ class RunDirectory:
         for row in rows:
             row["method"] = "; ".join(part for part in (row["method"], row.pop("note")) if part)
         table = pa.Table.from_pylist(rows, schema=_ESTIMATES)
-        _write_atomically(self.path / "estimates.parquet", lambda file: pq.write_table(table, file))
+        write_atomically(self.path / "estimates.parquet", lambda file: pq.write_table(table, file))
 
     def read_estimates(self) -> list[Estimate]:
         """Every Estimate of the run, in the order written; CotfaithError where none was written yet."""
-        rows = _read_parquet(self.path / "estimates.parquet", _ESTIMATES).to_pylist()
+        rows = read_parquet(self.path / "estimates.parquet", _ESTIMATES).to_pylist()
         for row in rows:
             row["method"], _, row["note"] = row["method"].partition("; ")
         return [Estimate(**row) for row in rows]
@@ -348,7 +367,7 @@ class RunDirectory:
     def update_manifest(self, changes: Mapping[str, Any]) -> None:
         """Replace parts of the manifest in one move; numbers that are not finite become null."""
         with lock(self.path / f"{PREFIX}-manifest", wait=True):
-            _write_json(self._manifest, self.read_manifest() | dict(changes))
+            write_json(self._manifest, self.read_manifest() | dict(changes))
 
     def pin(self, name: str, value: Any) -> None:
         """Write down what the run's numbers rest on, once; CotfaithError when it is something else by now.
@@ -358,13 +377,13 @@ class RunDirectory:
         with lock(self.path / f"{PREFIX}-manifest", wait=True):
             manifest = self.read_manifest()
             pinned = manifest.get("pinned", {})
-            difference = _differing_key(pinned.get(name, _plain(value)), _plain(value), name)
+            difference = _differing_key(pinned.get(name, plain(value)), plain(value), name)
             if difference is not None:
                 raise CotfaithError(
                     f"{self.path} holds results of other inputs: {difference}; choose a new output folder or delete it."
                 )
             if name not in pinned:
-                _write_json(self._manifest, manifest | {"pinned": pinned | {name: value}})
+                write_json(self._manifest, manifest | {"pinned": pinned | {name: value}})
 
     def read_manifest(self) -> dict[str, Any]:
         """Config, models with weight hashes, versions, seeds, device, checks; CotfaithError where it is not whole."""
@@ -375,21 +394,6 @@ class RunDirectory:
             raise ValueError("it holds no object")
         except (ValueError, RecursionError) as error:
             raise CotfaithError(f"{self._manifest} is not whole JSON ({error}); delete it and run again.") from error
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numpy scalars and arrays unpacked, paths as text, non-finite floats None."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Path):
-        return str(value)
-    return value
 
 
 def _differing_key(old: Any, new: Any, prefix: str = "") -> str | None:
@@ -407,91 +411,3 @@ def _differing_key(old: Any, new: Any, prefix: str = "") -> str | None:
     return next(
         found for key in keys if (found := _differing_key(old.get(key, absent), new.get(key, absent), name + key))
     )
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CotfaithError(f"Cannot make folder {folder} ({error.strerror}); choose a path you may write.") from error
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    _make_folder(path.parent)
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        remedy = "choose a folder you may write"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "free some space and give the same command again, what was finished is kept"
-        raise CotfaithError(f"Cannot write {path} ({error.strerror}); {remedy}.") from error
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(_plain(value), indent=1, allow_nan=False)
-    _write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
-    _write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise CotfaithError(f"{path} does not exist; run the study that writes it first.")
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line:
-            continue
-        try:
-            rows.append(json.loads(line.decode()))
-        except (ValueError, RecursionError) as error:
-            raise CotfaithError(
-                f"{path} line {number} is not JSON ({error}); delete the line and run again."
-            ) from error
-        if not isinstance(rows[-1], dict):
-            raise CotfaithError(f"{path} line {number} holds no JSON object; delete the line and run again.")
-    return rows
-
-
-def _parquet_schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise _not_whole(path, error) from error
-
-
-def _unit_meta(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((_parquet_schema(path).metadata or {})[_META_KEY])
-    except (KeyError, ValueError) as error:
-        raise _not_whole(path, error) from error
-
-
-def _not_whole(path: Path, error: Exception) -> CotfaithError:
-    return CotfaithError(f"{path} is not a whole parquet file ({error}); delete it and run again.")
-
-
-def _read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
-    if not path.is_file():
-        raise CotfaithError(f"{path} does not exist; run the study that writes it first.")
-    found = _parquet_schema(path)
-    if found.names != schema.names or found.types != schema.types:
-        raise CotfaithError(f"{path} has columns {found.names}, expected {schema.names}; delete it and run again.")
-    try:
-        table = pq.read_table(path)
-        table.validate(full=True)
-        return table
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise _not_whole(path, error) from error

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cotfaith_mech"
 
 ORDER = [
-    "errors interrupts markup locks",
+    "errors interrupts markup locks disk",
     "problems chains sites metrics stats answers certificate",
     "arithmetic organisms calculations paraphrase records formats",
     "edits datasets_io inspect_logs model interop",
@@ -50,6 +50,7 @@ NO_TORCH = [
     "arithmetic",
     "organisms",
     "paraphrase",
+    "disk",
     "records",
     "edits",
     "formats",
