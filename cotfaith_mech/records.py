@@ -13,7 +13,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -148,7 +149,7 @@ class Record:
 
 def arrow_table(records: Iterable[Record]) -> pa.Table:
     """The long table of `records`, of SCHEMA."""
-    columns = list(zip(*map(astuple, records), strict=True)) or [()] * len(COLUMNS)
+    columns = list(zip(*map(attrgetter(*COLUMNS), records), strict=True)) or [()] * len(COLUMNS)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
