@@ -53,12 +53,13 @@ def missing_of(author: str, problems: Sequence[Problem], run: RunDirectory) -> l
 def see_to_chains(
     config: StudyConfig,
     author: str,
-    model: TextReader,
+    load: Callable[[], TextReader],
     problems: Sequence[Problem],
     run: RunDirectory,
     progress: Progress,
 ) -> None:
-    """See that chains.jsonl has one chain of `author` a problem; what cannot be had is an exclusion."""
+    """See that chains.jsonl has one chain of `author` a problem, its model loaded where there is one to make; what
+    cannot be had is an exclusion."""
     missing = missing_of(author, problems, run)
     rows = {(row["problem_id"], row["author"]): row for row in run.read_chains()} if _begun(run) else {}
     order = {problem.problem_id: place for place, problem in enumerate(problems)}
@@ -74,7 +75,7 @@ def see_to_chains(
     if author == SUPPLIED:
         for problem in missing:
             if problem.steps:
-                chain = supplied_chain(model, problem)
+                chain = supplied_chain(load(), problem)
                 rows[problem.problem_id, problem.author] = chain_row(problem, chain)
             else:
                 leave_out(
@@ -83,7 +84,7 @@ def see_to_chains(
     elif missing:
         options = config.generation.model_dump(exclude={"few_shot"})
         done = {problem.problem_id for problem in problems} - {problem.problem_id for problem in missing}
-        written = write_chains(model, problems, author, done=done, seed=config.seed, **options)
+        written = write_chains(load(), problems, author, done=done, seed=config.seed, **options)
         with _saving(save) as now_and_then:
             for problem, (_, chain, reason) in zip(progress(missing, f"{author} writes chains"), written, strict=True):
                 if chain is None:

@@ -164,7 +164,7 @@ class _Planner:
         for author in self.config.all_authors:
             if missing := missing_of(author, self.problems, self.run):
                 model = self.load(readers.get(author, self.config.readers[0]))
-                see_to_chains(self.config, author, model, self.problems, self.run, silent)
+                see_to_chains(self.config, author, lambda model=model: model, self.problems, self.run, silent)
                 if author in readers:
                     written += len(missing)
                     self.add(f"{author} writes", model, len(missing), 0)

@@ -282,8 +282,7 @@ class RunDirectory:
         def write(file: BinaryIO) -> None:
             with pq.ParquetWriter(file, SCHEMA, **options) as writer:
                 for table in self._tables():
-                    left_out = pc.is_in(table["measure"], pa.array(without, pa.string()))
-                    writer.write_table(table.filter(pc.invert(left_out)))
+                    writer.write_table(table.filter(~pc.field("measure").isin(pa.array(without, pa.string()))))
 
         write_atomically(path / "records" / "all.parquet", write)
         metas = gzip.compress(json.dumps(self._metas(), allow_nan=False).encode(), 9, mtime=0)

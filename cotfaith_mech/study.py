@@ -13,6 +13,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,13 +97,15 @@ class Held:
 
 
 def write_chains_of(config: StudyConfig, problems: Sequence[Problem], run: RunDirectory, progress: Progress) -> Held:
-    """Chains of every author and their paraphrases, where they are missing; and the model that was used last."""
+    """Chains of every author and their paraphrases, where they are missing; and the model that was used last.
+    CotfaithError where there is no chain at all."""
     held, by_name = Held(config, run, progress), {reader.name: reader for reader in config.readers}
     for author in config.all_authors:
         if missing_of(author, problems, run):
-            see_to_chains(
-                config, author, held(by_name.get(author, config.readers[0]), "reader"), problems, run, progress
-            )
+            load_author = partial(held, by_name.get(author, config.readers[0]), "reader")
+            see_to_chains(config, author, load_author, problems, run, progress)
+    if not run.read_chains():
+        raise CotfaithError(f"{config.problems!r} gave no chain to read: {why_empty(run)}.")
     see_to_paraphrases(config, problems, run, held, progress)
     return held
 
@@ -173,7 +176,7 @@ def generate_chains(config: StudyConfig, out: str | Path, progress: Progress = s
     with run.writing():
         problems, manifest = begin(config, run)
         model = Held(config, run, progress)(config.readers[0], "reader")
-        see_to_chains(config, config.readers[0].name, model, problems, run, progress)
+        see_to_chains(config, config.readers[0].name, lambda: model, problems, run, progress)
         manifest["models"][config.readers[0].name] = info_of(model)
         manifest["counts"] = {
             "problems": len(problems),

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import cotfaith_mech.model
 from cotfaith_mech import cli
 from cotfaith_mech.conclude import ALL, why_empty
 from cotfaith_mech.errors import CotfaithError
@@ -208,14 +209,15 @@ def test_output_that_cannot_be_written(cotfaith: Cotfaith, tmp_path: Path) -> No
     refused(told, "Cannot make folder file/run", "choose a path you may write")
 
 
-def test_problems_without_chains(cotfaith: Cotfaith, tmp_path: Path) -> None:
+def test_problems_without_chains(cotfaith: Cotfaith, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bad line, which is the first exclusion, is not why there is nothing; no model is loaded to tell so."""
     write_tiny_model(tmp_path / "model")
-    """The bad line, which is the first exclusion, is not why there is nothing."""
+    monkeypatch.setattr(cotfaith_mech.model, "load", None)
     rows = ["no JSON", *(json.dumps({"question": f"2 + {i}?", "answer": str(2 + i)}) for i in range(2))]
     Path("bare.jsonl").write_text("\n".join(rows))
     told = (
-        "runs/test holds no records: the problem comes without a chain; use --generate, or chains: generate (2 of 3 "
-        "exclusions)."
+        "'bare.jsonl' gave no chain to read: the problem comes without a chain; use --generate, or chains: generate "
+        "(2 of 3 exclusions)."
     )
     refused(cotfaith("test", "-r", "A=model/", "-p", "bare.jsonl"), told)
     code, shown = cotfaith("test", "-r", "A=model/", "-p", "bare.jsonl", "-o", "other", "--dry-run")
