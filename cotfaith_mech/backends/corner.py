@@ -32,9 +32,10 @@ from .answer_rows import answer_rows, compact
 from .forest import Batch, packed
 from .gradients import head_gradients, site_gradients
 from .grouping import grouped
-from .hooks import RowEdit, hooked, sent
+from .hooks import RowEdit, hooked
 from .memory import KEYS_A_TOKEN, Kept, Recording
 from .shadows import Shadow, is_replaced, is_zeroed, shadowed, shadowed_edits
+from .traced import sent
 
 if TYPE_CHECKING:
     from .huggingface import HuggingFaceModel
@@ -214,7 +215,7 @@ class CornerRun:
             hooked(self.model.layout, d_head=self.model.info.d_head, read=sites) as store,
         ):
             self._forward(self._row[:, first:], first, 1)
-        return {site: store[site][0] for site in sites}
+        return {site: store[site][0].to(self._row.device) for site in sites}
 
     @torch.no_grad()
     def heads_within(self, layer: int, cells: Sequence[Cell]) -> Float[Tensor, "cell pos head d_head"]:
@@ -443,7 +444,9 @@ class CornerRun:
             for modules in model.layout.layers:
                 hook = _masked(masks[modules.window])
                 stack.callback(modules.layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            only_read = model.layout.unembed.register_forward_pre_hook(lambda _, args: (args[0][row, slot][None],))
+            only_read = model.layout.unembed.register_forward_pre_hook(
+                lambda _, args: (args[0][row.to(args[0].device), slot.to(args[0].device)][None],)
+            )
             stack.callback(only_read.remove)
             tokens, positions = (torch.from_numpy(a).to(device) for a in (batch.tokens, batch.positions))
             logits = self._forward(tokens, start, 0, cache, positions)[0]
@@ -481,7 +484,7 @@ def _masked(mask: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]
 
 def _joiner(rows: Tensor, alone: bool) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        hidden = rows if alone else torch.cat([args[0], rows])
+        hidden = rows if alone else torch.cat([args[0], rows.to(args[0].device)])
         return (hidden, *args[1:]), kwargs
 
     return hook

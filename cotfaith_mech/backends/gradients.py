@@ -19,7 +19,8 @@ from torch import Tensor
 from ..errors import CotfaithError
 from ..model import Readout
 from ..sites import Site
-from .hooks import Layout, heads_view
+from .hooks import Layout
+from .traced import heads_view
 
 if TYPE_CHECKING:
     from .corner import CornerRun
@@ -56,7 +57,7 @@ def _scaled_rows(
         logits = run._forward(run._row[:, position : position + 1], position, 1)
         values = readout(logits.float())
         gradients = torch.autograd.grad(values.sum(), [leaves[layer] for layer in sorted(leaves)])
-    z = torch.cat(gradients)[:, 0]
+    z = torch.cat([gradient.to(values.device) for gradient in gradients])[:, 0]
     return heads_view(z, run.model.info.d_head).float().cpu(), values.detach().cpu()
 
 

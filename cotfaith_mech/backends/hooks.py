@@ -13,12 +13,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import CotfaithError
 from ..sites import ActivationEdit, Site, SiteKind
+from .traced import Cut, assign, cut_mask, heads_view, sent
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def check_residual_stream(model: Any, layout: Layout) -> None:
         sites = [Site(kind, layer) for kind in kinds]
         with hooked(layout, d_head=1, read=sites) as store:
             model(input_ids=tokens, use_cache=False, logits_to_keep=1)
-        before, attention, between, mlp, after = (store[site].float() for site in sites)
+        before, attention, between, mlp, after = (store[site].float().cpu() for site in sites)
         error = max(float((before + attention - between).abs().max()), float((between + mlp - after).abs().max()))
         allowed = (1e-4 if store[sites[0]].dtype == torch.float32 else 3e-2) * max(1.0, float(after.abs().max()))
         if error > allowed:
@@ -175,10 +175,6 @@ def _attach(stack: ExitStack, layout: Layout, site: Site, d_head: int, act: Call
     stack.callback(handle.remove)
 
 
-def heads_view(flat: Tensor, d_head: int) -> Tensor:
-    return flat.view(*flat.shape[:-1], -1, d_head)
-
-
 def _on_hidden(act: Callable[[Tensor], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         act(args[0] if args else kwargs["hidden_states"])
@@ -200,15 +196,11 @@ def apply_edit(tensor: Tensor, row_edit: RowEdit) -> None:
     index: Any = (row_edit.rows, _places(edit.positions, row_edit.offset, tensor))
     if edit.site.head is not None:
         index = (*index, edit.site.head)
-    if edit.op == "zero":
-        tensor[index] = 0
-        return
-    value = edit.value.to(device=tensor.device, dtype=tensor.dtype)
-    if value.shape != tensor[index].shape[1:]:
+    if edit.value is not None and edit.value.shape != tensor[index].shape[1:]:
         raise CotfaithError(
-            f"{edit}: value has shape {tuple(value.shape)}, the site needs {tuple(tensor[index].shape[1:])}."
+            f"{edit}: value has shape {tuple(edit.value.shape)}, the site needs {tuple(tensor[index].shape[1:])}."
         )
-    tensor[index] = value if edit.op == "replace" else tensor[index] + value
+    assign(tensor, index, edit.op, edit.value)
 
 
 def _places(positions: Sequence[int], offset: int, tensor: Tensor) -> slice | Tensor:
@@ -223,13 +215,6 @@ def _places(positions: Sequence[int], offset: int, tensor: Tensor) -> slice | Te
     return sent(torch.tensor(places), tensor.device)
 
 
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor`, made on the host, on `device`; from pinned memory to a GPU, so that the host does not wait for it."""
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def _reader(store: dict[Site, Tensor], site: Site, keep: Callable[[Site, Tensor], Tensor]) -> Callable[[Tensor], None]:
     def act(tensor: Tensor) -> None:
         if site.head is not None:
@@ -239,35 +224,20 @@ def _reader(store: dict[Site, Tensor], site: Site, keep: Callable[[Site, Tensor]
     return act
 
 
+def plain_cut(cut: RowEdit) -> Cut:
+    """The edges that a knockout cuts, as traced.py takes them."""
+    return cut.rows, cut.edit.site.head, [p - cut.offset for p in cut.edit.positions], cut.edit.keys
+
+
 def _cutter(cuts: Sequence[RowEdit]) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Layer pre-hook that takes the cut edges out of whatever mask the model made for itself."""
+
+    plain, offset = [plain_cut(cut) for cut in cuts], cuts[0].offset
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         n_heads = module.self_attn.config.num_attention_heads
-        mask = cut_mask(cuts, hidden, kwargs.get("attention_mask"), n_heads)
+        mask = cut_mask(plain, offset, hidden, kwargs.get("attention_mask"), n_heads)
         return args, {**kwargs, "attention_mask": mask}
 
     return hook
-
-
-def cut_mask(cuts: Sequence[RowEdit], hidden: Tensor, mask: Tensor | None, n_heads: int) -> Tensor:
-    """`mask` (None: causal; boolean; or additive) without the edges of `cuts`, `[row, head, query, key]`."""
-    offset, n_query = cuts[0].offset, hidden.shape[1]
-    n_key = n_query + offset if mask is None else mask.shape[-1]
-    per_head = any(cut.edit.site.head is not None for cut in cuts)
-    blocked = np.zeros((hidden.shape[0], n_heads if per_head else 1, n_query, n_key), dtype=bool)
-    for cut in cuts:
-        heads = slice(None) if cut.edit.site.head is None else cut.edit.site.head
-        queries, keys = np.array(cut.edit.positions, dtype=int), np.array(cut.edit.keys, dtype=int)
-        edges = np.zeros((n_query, n_key), dtype=bool)
-        edges[np.ix_(queries - offset, keys)] = True
-        edges[queries - offset, queries] = False
-        blocked[cut.rows, heads] |= edges
-    forbidden = sent(torch.from_numpy(blocked), hidden.device)
-    if mask is None:
-        queries = torch.arange(n_query, device=hidden.device)[:, None] + offset
-        mask = (queries >= torch.arange(n_key, device=hidden.device))[None, None]
-    if mask.dtype == torch.bool:
-        return mask & ~forbidden
-    return mask.masked_fill(forbidden, torch.finfo(mask.dtype).min)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..errors import CotfaithError
 from ..model import CachedRun, Run
 from ..sites import ActivationEdit, Site
 from .corner import CornerRun, uncached
@@ -16,7 +17,7 @@ from .hooks import RowEdit, hooked
 from .memory import Room
 from .shadows import Shadow, is_replaced, shadowed, shadowed_edits
 from .text import TextSide
-from .weights import Weights
+from .weights import Weights, is_sharded
 
 
 class HuggingFaceModel(TextSide):
@@ -24,6 +25,11 @@ class HuggingFaceModel(TextSide):
     stream and K/V lie on the CPU with `keep_on_cpu`."""
 
     def __init__(self, weights: Weights, keep_on_cpu: bool = False) -> None:
+        if is_sharded(weights.model):
+            raise CotfaithError(
+                f"Under torchrun every process holds a part of each layer of {weights.name!r}, and the engine needs "
+                "whole ones; use the nnsight backend, or no torchrun."
+            )
         super().__init__(weights, "huggingface")
         self.keep_on_cpu = keep_on_cpu
         self.room = Room(self.info, getattr(weights.model.config.get_text_config(), "intermediate_size", 0))
@@ -62,7 +68,7 @@ class HuggingFaceModel(TextSide):
             out = self.weights.model(
                 input_ids=rows, past_key_values=cache, use_cache=cache is not None, logits_to_keep=n_logits
             )
-        return Run(out.logits[:n], {site: value[:n] for site, value in store.items()})
+        return Run(out.logits[:n], {site: value[:n].to(tokens.device) for site, value in store.items()})
 
     @property
     def is_eager(self) -> bool:

@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache
 
 from ..errors import CotfaithError
 from ..sites import ActivationEdit
-from .hooks import Layout, RowEdit, heads_view
+from .hooks import Layout, RowEdit
+from .traced import heads_view
 
 
 def is_replaced(edit: ActivationEdit) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..chains import Encoding
@@ -111,7 +111,7 @@ class TextSide:
         plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
             torch.manual_seed(seed)
-            out = self.weights.model.generate(
+            out = self._continued(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
@@ -120,29 +120,33 @@ class TextSide:
             )
         return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
+    def _continued(self, **settings: Any) -> Int[Tensor, "batch pos"]:
+        """Prompts and what the model writes after them, by its own `generate`."""
+        return self.weights.model.generate(**settings)
+
     @torch.no_grad()
     def direct_path(
         self, z: Float[Tensor, "layer head d_head"], final: Float[Tensor, "d_model"], token: int, foil: int
     ) -> DirectPath:
         """See `Model.direct_path`; reads the output projections, norms and unembedding of the model itself."""
         unembedding = self.layout.unembed.weight.float()
-        direction = (unembedding[token] - unembedding[foil]) * _frozen_scale(self.layout.norm, final)
+        direction = (unembedding[token] - unembedding[foil]).to(final.device) * _frozen_scale(self.layout.norm, final)
         into_z, biases = [], []
         for modules, z_layer in zip(self.layout.layers, z, strict=True):
             projection, towards = modules.attention.o_proj, direction
             if modules.attn_out is not modules.attention:
-                raw = projection(z_layer.flatten().to(projection.weight.dtype)).float()
+                raw = projection(z_layer.flatten().to(projection.weight.dtype)).float().to(final.device)
                 towards = direction * _frozen_scale(modules.attn_out, raw)
-            into_z.append((towards @ projection.weight.float()).view_as(z_layer))
+            into_z.append((towards @ projection.weight.float().to(final.device)).view_as(z_layer))
             none = torch.zeros_like(direction)
-            biases.append(towards @ (none if projection.bias is None else projection.bias.float()))
+            biases.append(towards @ (none if projection.bias is None else projection.bias.float().to(final.device)))
         return DirectPath(torch.stack(into_z), torch.stack(biases), direction)
 
     @torch.no_grad()
     def written_norm(self, layer: int, v: Float[Tensor, "*key head d_head"]) -> Float[Tensor, "*key head"]:
         """See `Model.written_norm`; by the Gram matrix of each head's columns of the output projection."""
         weight = self.layout.layers[layer].attention.o_proj.weight.float().unflatten(1, v.shape[-2:])
-        gram = einsum(weight, weight, "d_model head a, d_model head b -> head a b")
+        gram = einsum(weight, weight, "d_model head a, d_model head b -> head a b").to(v.device)
         return einsum(v, gram, v, "... head a, head a b, ... head b -> ... head").clamp_min(0).sqrt()
 
     @torch.no_grad()
@@ -172,9 +176,9 @@ def _frozen_scale(norm: Any, x: Float[Tensor, "d_model"]) -> Float[Tensor, "d_mo
     """
     eps = getattr(norm, "variance_epsilon", None) or norm.eps
     dtype = norm.weight.dtype
-    weight = norm(torch.ones_like(x, dtype=dtype)).float() * (1 + eps) ** 0.5
+    weight = norm(torch.ones_like(x, dtype=dtype)).float().to(x.device) * (1 + eps) ** 0.5
     scale = weight * (x.square().mean() + eps).rsqrt()
-    expected = norm(x.to(dtype)).float()
+    expected = norm(x.to(dtype)).float().to(x.device)
     tolerance = (1e-4 if dtype == torch.float32 else 2e-2) * expected.abs().max()
     if (scale * x - expected).abs().max() > tolerance:
         raise CotfaithError(f"{type(norm).__name__} is not a root-mean-square norm; direct contributions need one.")

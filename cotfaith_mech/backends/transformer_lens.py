@@ -19,7 +19,7 @@ from ..model import CachedRun, PlainRun, Run
 from ..sites import ActivationEdit, Site
 from .hooks import RowEdit, apply_edit
 from .text import TextSide
-from .weights import Weights
+from .weights import Weights, is_sharded
 
 
 def structural_clone(model: Any) -> Any:
@@ -42,6 +42,11 @@ class TransformerLensModel(TextSide):
         from transformer_lens.model_bridge import TransformerBridge
 
         super().__init__(weights, "transformer_lens")
+        if is_sharded(weights.model) or len({parameter.device for parameter in weights.model.parameters()}) > 1:
+            raise CotfaithError(
+                f"{weights.name!r} is spread over several devices and TransformerLens takes one; use the huggingface "
+                "backend, with crosscheck_cells: 0 in a study."
+            )
         self.bridge: Any = TransformerBridge.boot_transformers(
             weights.name,
             hf_model=structural_clone(weights.model),

