@@ -33,6 +33,8 @@ _MOVES = {"_to_copy", "copy_"}
 class Elsewhere(torch.Tensor):
     """A tensor `within` of the CPU that says it is on another device."""
 
+    within: torch.Tensor
+
     @staticmethod
     def __new__(cls, inner: torch.Tensor, device: torch.device) -> Elsewhere:
         one = torch.Tensor._make_wrapper_subclass(
