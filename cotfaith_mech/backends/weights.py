@@ -108,8 +108,8 @@ def attention_of(config: Any) -> str:
 
 def locate(name: str) -> Path:
     """Folder of the files of `name`, a model or an adapter; safetensors and tokenizer are downloaded if need be."""
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := Path(os.path.expanduser(name))).is_dir():
+        return folder
     if name == WHEEL:
         return _smollm2_folder()
     if name.startswith(ADAPTER):

@@ -15,6 +15,7 @@ from ..compare import UNDECIDED, conclusions, holm_p, moved
 from ..figure_style import STYLE
 from ..merge import ENOUGH_SEEDS, Merged, endpoint, group_of, labels_of, merged
 from ..merged_figures import DIFFERENCE, LEVEL, seeds_figure
+from ..privacy import from_home
 from ..records import RunDirectory
 from .build import as_base64, by_outcome, environment, p_value, shell, signed, write_page
 from .chain_view import block
@@ -45,7 +46,7 @@ def build_merged(runs: Sequence[RunDirectory], not_run: Sequence[Path], out: Pat
         "verdicts": _verdicts(rows, primary, [reader["name"] for reader in run.read_manifest()["config"]["readers"]]),
         "certificate": in_words(shipped()),
         "runs": [_run_row(run) for run in runs],
-        "not_run": [str(path) for path in not_run],
+        "not_run": [from_home(str(path)) for path in not_run],
         "primary": _by_endpoint(primary),
         "estimates": by_outcome(rows, lambda row: row.estimate.name),
         "forest": forest,
@@ -106,7 +107,12 @@ def _run_row(run: RunDirectory) -> dict[str, Any]:
     ]
     problems = (manifest.get("counts") or {}).get("problems", "")
     left_out = Counter((row["stage"], row["reason"]) for row in run.read_exclusions())
-    row = {"path": str(run.path), "group": group_of(labels_of(run)), "problems": problems, "readers": readers}
+    row = {
+        "path": from_home(str(run.path)),
+        "group": group_of(labels_of(run)),
+        "problems": problems,
+        "readers": readers,
+    }
     return {**row, "left_out": left_out.most_common(), "n_left_out": left_out.total()}
 
 
