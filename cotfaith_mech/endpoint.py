@@ -17,13 +17,14 @@ import json
 import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from .answers import normalise, same_answer, uncut_answer
 from .chains import Chain
@@ -31,6 +32,7 @@ from .errors import CotfaithError, EndpointError
 from .model import ReaderInfo
 from .problems import AnswerKind
 from .reading import MIN_LABEL_MASS, Answered, Asked, Reading, check_label_mass
+from .replies import NoReplyError, Reply, read_reply
 
 GO_ON = "Go on from exactly where you stopped; do not repeat anything."
 COMPLETE = "{cue} …\nComplete this sentence. Reply only with {form}."
@@ -49,6 +51,10 @@ NEWER_LENGTH = "max_completion_tokens"
 """What newer models want in place of max_tokens, and say so when they refuse it."""
 PARTICULAR = (400, 413, 422)
 """What a server answers to one request that it cannot take (too long, say); other refusals concern them all."""
+RETRY_SECONDS = (0.5, 8.0)
+"""What is waited before the first try after a reply that is none, twice as long before each further one; the most."""
+SHORTEST_SECRET = 8
+"""A key of fewer characters ('none', 'EMPTY') is a dummy, and a word of replies that may well be meant."""
 _PIECE = re.compile(r"\d|[^\W\d]+|([^\w\s])\1*")
 
 Talk = tuple[tuple[str, str], ...]
@@ -64,18 +70,6 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
     logprobs: bool = False
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply, and whether it was cut off at the most tokens; `first` are the listed log-probabilities (nats) at its
-    first visible token, empty where none are given, `n_tokens` the tokens of its prompt (None: the server does not
-    say)."""
-
-    text: str
-    cut: bool = False
-    first: tuple[tuple[str, float], ...] = ()
-    n_tokens: int | None = None
 
 
 class Endpoint:
@@ -208,27 +202,44 @@ class Endpoint:
         """One reply. A server that refuses log-probabilities, or gives none, is asked without them from then on."""
         openai = _client_library()
         if not request.logprobs or self._gives_logprobs is False:
-            return self._read(self._sent(client, request))
+            return self._sent(client, request)
         refused = (openai.BadRequestError, openai.UnprocessableEntityError, openai.PermissionDeniedError)
         for top in self._top:
             try:
-                reply = self._read(self._sent(client, request, logprobs=True, top_logprobs=top))
+                reply = self._sent(client, request, logprobs=True, top_logprobs=top)
                 self._top = (top,)
                 break
             except refused:
                 if self._gives_logprobs and top in self._top:
                     raise
         else:
-            reply = self._read(self._sent(client, request))
+            reply = self._sent(client, request)
         if self._gives_logprobs is None and (reply.first or reply.text.strip()):
             self._gives_logprobs = bool(reply.first)
         return reply
 
-    def _sent(self, client: Any, request: Request, **options: Any) -> Any:
+    def _sent(self, client: Any, request: Request, **options: Any) -> Reply:
+        """The reply to one request; where what comes is none, it is asked for again, as the client does after others
+        that fail."""
+        (first, longest), told = RETRY_SECONDS, ""
+        for tried in range(self.max_retries + 1):
+            try:
+                reply = read_reply(self._body(client, request, **options))
+                return replace(reply, text=self._hidden(reply.text, SHORTEST_SECRET))
+            except NoReplyError as amiss:
+                told = self._hidden(str(amiss))
+            if tried < self.max_retries:
+                time.sleep(min(first * 2**tried, longest))
+        raise EndpointError(
+            f"{self._shown} answered, but with no chat completion ({told}); try later, or give the address of an "
+            "OpenAI-compatible API, which often ends in /v1."
+        )
+
+    def _body(self, client: Any, request: Request, **options: Any) -> str:
         if request.temperature:
             options |= {"seed": request.seed % 2**31, "top_p": 1.0}
         create = partial(
-            client.chat.completions.create,
+            client.chat.completions.with_raw_response.create,
             model=self.model,
             messages=[{"role": role, "content": content} for role, content in request.talk],
             temperature=request.temperature,
@@ -236,24 +247,13 @@ class Endpoint:
         )
         openai, length = _client_library(), self._length
         try:
-            return create(**{length: request.max_tokens})
+            return create(**{length: request.max_tokens}).http_response.text
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             wanted = re.search(rf"(?i)(?=.*{NEWER_LENGTH}).*(?:instead|not support|unsupported)", str(error), re.DOTALL)
             if length == NEWER_LENGTH or not wanted:
                 raise
             self._length = NEWER_LENGTH
-            return create(**{NEWER_LENGTH: request.max_tokens})
-
-    def _read(self, completion: Any) -> Reply:
-        choices = getattr(completion, "choices", None)
-        if not choices:
-            raise CotfaithError(
-                f"{self._shown} answered, but with no chat completion; "
-                "give the address of an OpenAI-compatible API, which often ends in /v1."
-            )
-        usage = completion.usage
-        text, cut = choices[0].message.content or "", choices[0].finish_reason == "length"
-        return Reply(text, cut, _first_listed(choices[0]), usage and usage.prompt_tokens)
+            return create(**{NEWER_LENGTH: request.max_tokens}).http_response.text
 
     def _key(self) -> str:
         key = os.environ.get(self.api_key_env, "")
@@ -264,15 +264,23 @@ class Endpoint:
             )
         return key or "none"
 
+    def _hidden(self, text: str, least: int = 1) -> str:
+        """`text` with `***` in place of the key and the address' password, of `least` characters or more."""
+        password = urlsplit(self.base_url).password or ""
+        for secret in (os.environ.get(self.api_key_env, ""), password, unquote(password)):
+            text = text.replace(secret, "***") if len(secret) >= least else text
+        return text
+
     def _failure(self, error: Any) -> CotfaithError:
         """One sentence on a failed request: address, what the server said (never the key), remedy."""
         openai = _client_library()
         if isinstance(error, openai.APITimeoutError):
             return EndpointError(f"{self._shown} did not answer in {self.timeout:g} s; raise timeout or try later.")
         if isinstance(error, openai.APIConnectionError):
-            return EndpointError(f"{self._shown} cannot be reached; check the address and that the server runs.")
-        key = os.environ.get(self.api_key_env)
-        said = (str(error).replace(key, "***") if key else str(error))[:300]
+            return EndpointError(
+                f"{self._shown} cannot be reached, or broke off; check the address and that the server runs."
+            )
+        said = self._hidden(str(error))[:300]
         status = getattr(error, "status_code", None)
         remedies = {
             401: f"check the key in {self.api_key_env}",
@@ -314,6 +322,11 @@ class AskedChain:
             return asked
         [reply] = endpoint.ask([asked._greedy(asked.talk(chain))])
         listed = asked._listed(reply)
+        if reply.undefined:
+            raise CotfaithError(
+                f"{endpoint.info.name!r} gives log-probabilities that are none (NaN, or above 0) after the complete "
+                "chain; see whether the server's model is whole."
+            )
         if reply.first:
             check_label_mass(endpoint, math.fsum(listed.values()), labels, min_label_mass)
         said = asked._said(reply, listed)
@@ -343,7 +356,7 @@ class AskedChain:
         talks = [self.talk(variant) for variant, _ in asked]
         distinct = list(dict.fromkeys(talks))
         replies = dict(zip(distinct, self.model.ask([self._greedy(talk) for talk in distinct]), strict=True))
-        unlisted = [talk for talk in distinct if not self._listed(replies[talk])]
+        unlisted = [talk for talk in distinct if not (replies[talk].undefined or self._listed(replies[talk]))]
         samples = dict(zip(unlisted, self.model.sample(unlisted, MAX_ANSWER_TOKENS), strict=True))
         return [
             self._answered(variant, answers, replies[talk], samples.get(talk, []))
@@ -372,11 +385,13 @@ class AskedChain:
         return uncut_answer(_without_cue(reply.text, self.chain.cue), self.kind, reply.cut)
 
     def _answered(self, variant: Chain, answers: Sequence[str], reply: Reply, samples: Sequence[Reply]) -> Answered:
+        n_tokens = self.model.count(variant.with_answer("").text) if reply.n_tokens is None else reply.n_tokens
+        if reply.undefined:
+            return Answered(None, tuple(Reading(math.nan, False, math.nan, n_tokens, math.nan) for _ in answers))
         listed = self._listed(reply)
         said = self._said(reply, listed)
         shares = self._listed_shares(listed) if listed else self._sampled_shares(samples)
         entropy = sum(-p * math.log(p) for p in shares.values())
-        n_tokens = self.model.count(variant.with_answer("").text) if reply.n_tokens is None else reply.n_tokens
         mass = math.fsum(listed.values()) if listed else self._sampled_mass(shares)
         readings = []
         for answer in answers:
@@ -436,15 +451,6 @@ def _listing(labels: Sequence[str]) -> str:
 
 def _seed(talk: Talk) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(talk).encode()).digest()[:4], "big")
-
-
-def _first_listed(choice: Any) -> tuple[tuple[str, float], ...]:
-    """Tokens and log-probabilities listed for the first token of a choice that is not blank; empty where none are."""
-    content = (choice.logprobs and choice.logprobs.content) or []
-    token = next((token for token in content if token.token.strip()), None)
-    if token is None:
-        return ()
-    return tuple({one.token: one.logprob for one in (token, *(token.top_logprobs or []))}.items())
 
 
 def _client_library() -> Any:

@@ -29,13 +29,14 @@ from .chains import Chain
 from .conclude import Progress, silent
 from .config import ReaderConfig, StudyConfig
 from .crossmodel import BASE, TUNED, Pair, measure_cross_model
-from .endpoint import AskedChain, Endpoint, Reply, Request
+from .endpoint import AskedChain, Endpoint, Request
 from .errors import CotfaithError
 from .jobs import check_layers
 from .paraphrasers import by_model
 from .problems import Problem
 from .reading import ChainReader, Trunk
 from .records import Record, RunDirectory, unit_id
+from .replies import Reply
 from .study import begin
 from .units import Unit, donors_of, measured_of, units_of
 

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cotfaith_mech"
 
 ORDER = [
-    "errors interrupts markup locks disk",
+    "errors interrupts markup locks disk privacy replies",
     "problems chains sites metrics stats answers certificate",
     "arithmetic organisms calculations paraphrase records formats",
     "edits datasets_io inspect_logs model interop",
@@ -40,6 +40,8 @@ ORDER = [
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
 NO_TORCH = [
     "errors",
+    "privacy",
+    "replies",
     "problems",
     "chains",
     "sites",
