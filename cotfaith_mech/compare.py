@@ -265,7 +265,7 @@ def conclusion(estimates: Sequence[Estimate], base: str, tuned: str, suffix: str
     beside = ", no primary endpoint" if np.isnan(holm).all() else ""
     primary = ["" if beside else " (not primary)" if np.isnan(p) else f" (primary, Holm p {p:.2g})" for p in holm]
     numbers = ", ".join(
-        f"P({what}) {e.value:+.2f} [{e.ci_low:+.2f}, {e.ci_high:+.2f}]{said}"
+        f"P({what}) {e.signed}{said}"
         for what, e, said in zip(("chain's answer", "question's answer", "other"), triple, primary, strict=True)
     )
     return (

@@ -240,7 +240,7 @@ def forest_figure(differences: list[Any], readers: list[str]) -> Figure:
         colour = colour_of(readers, reader)
         axis.plot([estimate.ci_low, estimate.ci_high], [y, y], color=colour)
         axis.plot(estimate.value, y, marker=marker_of(readers, reader), color=colour)
-        interval = f"{estimate.arm}  {estimate.value:+.2f} [{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}]"
+        interval = f"{estimate.arm}  {estimate.signed}"
         axis.annotate(interval, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
     axis.axvline(0, color="#555555", linewidth=0.8, zorder=0)
     centres = [i * (len(arms) + 0.6) + (len(arms) - 1) / 2 for i in range(len(names))]

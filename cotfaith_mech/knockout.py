@@ -90,16 +90,16 @@ def measure_knockout(
         cells = [cut_edits(cut.layers, cut.queries, cut.keys, kind, cut.head) for cut in cuts]
         null = cut_edits((0,), range(trunk.spans.cue[0], trunk.spans.answer[1]), (), kind)
         read = trunk.run.edited([null, *cells], n_logits=contrast.n_logits, reduce=contrast.reduce)
-        base, *rows = read.double().numpy()
+        base, *rows = read.tolist()
         for cut, row in zip(cuts, rows, strict=True):
             exists = _exists(trunk.model.windows, cut)
             values = {
-                "delta_logp": float(base[5] - row[5]),
-                "delta_p": float(base[1] - row[1]),
-                "same": float(row[4]),
+                "delta_logp": base[5] - row[5],
+                "delta_p": base[1] - row[1],
+                "same": row[4],
             }
             if foil is not None:
-                values["delta_logit_diff"] = float(base[0] - row[0])
+                values["delta_logit_diff"] = base[0] - row[0]
             values = {metric: value if exists else np.nan for metric, value in values.items()}
             measured.add("knockout", f"{kind}{cut.variant}", values, len(trunk.run.tokens), **cut.where)
     return measured

@@ -43,8 +43,7 @@ def seeds_figure(
         axis.scatter(seeds, np.full(len(seeds), y), s=9, color=colour, alpha=0.45, linewidths=0)
         axis.plot([estimate.ci_low, estimate.ci_high], [y, y], color=colour)
         axis.plot(estimate.value, y, marker=marker_of(colours, row.group), color=colour, markersize=4.5)
-        interval = f"{estimate.value:+.2f} [{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}]"
-        text = f"{interval}  {len(seeds)} seed{'s'[: len(seeds) - 1]}"
+        text = f"{estimate.signed}  {len(seeds)} seed{'s'[: len(seeds) - 1]}"
         if row.alike:
             text = f"{estimate.value:+.2f} in each of {len(seeds)} seeds"
         axis.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)

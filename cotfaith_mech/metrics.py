@@ -72,10 +72,11 @@ def draws_interval(*samples: Float[np.ndarray, " _"]) -> tuple[float, float]:
         return low, high
     mean = samples[0].mean() - (samples[1].mean() if len(samples) > 1 else 0)
     variances = [float(sample.var(ddof=1)) / len(sample) for sample in samples]
-    if sum(variances) == 0:
+    total = sum(variances)
+    if total == 0:
         return float(mean), float(mean)
-    freedom = sum(variances) ** 2 / sum(v**2 / (len(s) - 1) for v, s in zip(variances, samples, strict=True))
-    half = float(t.ppf(0.975, freedom)) * sum(variances) ** 0.5
+    freedom = 1 / sum((v / total) ** 2 / (len(s) - 1) for v, s in zip(variances, samples, strict=True))
+    half = float(t.ppf(0.975, freedom)) * total**0.5
     return max(low, float(mean) - half), min(high, float(mean) + half)
 
 
@@ -99,8 +100,10 @@ def entropy_drop(entropy: Float[np.ndarray, " kept"]) -> Float[np.ndarray, " ste
 
 
 def pearson(a: Float[np.ndarray, " _"], b: Float[np.ndarray, " _"]) -> float:
-    """Signed correlation; NaN where either does not vary."""
-    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else np.nan
+    """Signed correlation; NaN where either does not vary, or is not finite."""
+    if len(a) < 2 or not np.isfinite([a, b]).all() or min(np.ptp(a), np.ptp(b)) == 0:
+        return np.nan
+    return float(np.corrcoef((a - a[0]) / np.ptp(a), (b - b[0]) / np.ptp(b))[0, 1])
 
 
 def spearman(a: Float[np.ndarray, " _"], b: Float[np.ndarray, " _"]) -> float:

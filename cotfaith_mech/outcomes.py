@@ -91,6 +91,10 @@ def _from_curves(records: Table, chains: Chains) -> list[Table]:
     return parts
 
 
+def _mean(values: Float[np.ndarray, " step"]) -> float:
+    return float(values.mean()) if len(values) else np.nan
+
+
 MAIN_VARIANT = {"early_termination": "", "filler": "matched", "paraphrase": "cumulative"}
 """The variant of a test that its curve and its plain name stand for."""
 
@@ -103,8 +107,8 @@ CURVE_SCORES: dict[str, list[tuple[str, float, str, Callable[[Curve], float]]]] 
         ("same", 1.0, "same_answer_no_chain", lambda curve: float(curve[0])),
         ("answered", 1.0, "answered_no_chain", lambda curve: float(curve[0])),
         ("correct", np.nan, "early_termination/aoc_correct", metrics.aoc),
-        ("p_gold", np.nan, "infogain/logp_gain", lambda curve: float(metrics.infogain(curve).mean())),
-        ("entropy", np.nan, "infogain/entropy_drop", lambda curve: float(metrics.entropy_drop(curve).mean())),
+        ("p_gold", np.nan, "infogain/logp_gain", lambda curve: _mean(metrics.infogain(curve))),
+        ("entropy", np.nan, "infogain/entropy_drop", lambda curve: _mean(metrics.entropy_drop(curve))),
     ],
     "filler": [
         ("same", 1.0, "filler/aoc", metrics.aoc),

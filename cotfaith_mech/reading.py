@@ -334,8 +334,8 @@ def own_answer(
             f"{len(run.tokens)} tokens; see whether its weights are whole, or use float32."
         )
     if labels:
-        on_labels = run.logits(1)[0].softmax(-1)[list(label_tokens(model, chain, labels))]
-        check_label_mass(model, float(on_labels.sum()), labels, min_label_mass)
+        on_labels = run.logits(1)[0].log_softmax(-1)[list(label_tokens(model, chain, labels))]
+        check_label_mass(model, float(on_labels.exp().sum()), labels, min_label_mass)
         return run, labels[int(on_labels.argmax())]
     draft = model.encode(chain.with_answer(f" {guess}.").text).ids if guess else ()
     run, path = decoded(model, run, kind, draft)

@@ -56,6 +56,12 @@ class Estimate:
     method: str
     note: str = ""
 
+    @property
+    def signed(self) -> str:
+        """Value and interval as of a difference: '+0.12 [+0.01, +0.23]', or '+0.12, no interval'."""
+        ends = f" [{self.ci_low:+.2f}, {self.ci_high:+.2f}]" if np.isfinite(self.ci_low) else ", no interval"
+        return f"{self.value:+.2f}{ends}"
+
 
 class Interval(NamedTuple):
     """A 95% interval, the method that gave it and what the reader of it must know."""
@@ -134,16 +140,21 @@ def difference_estimate(
 def ratio_of_sums(
     numerator: Float[np.ndarray, " problem"], denominator: Float[np.ndarray, " problem"]
 ) -> Callable[[Int[np.ndarray, " problem"]], float]:
-    """Sum over sum as a statistic of problems; NaN where the denominator's sum is 0.
+    """Sum over sum as a statistic of problems; NaN where the denominator's sum is 0, to rounding.
 
     A mean of ratios would weigh problems by one over their own effect; see MEASURES.md, 'recovered'.
     """
 
     def statistic(index: Int[np.ndarray, " problem"]) -> float:
-        total = denominator[index].sum()
-        return float(numerator[index].sum() / total) if total else np.nan
+        below = denominator[index]
+        return np.nan if _vanishes(below) else float(numerator[index].sum() / below.sum())
 
     return statistic
+
+
+def _vanishes(terms: Float[np.ndarray, " problem"]) -> bool:
+    """Whether the sum of `terms` is nothing but what rounding leaves."""
+    return bool(abs(terms.sum()) <= 1e-12 * np.abs(terms).sum())
 
 
 Sums = tuple[Float[np.ndarray, " problem"], Float[np.ndarray, " problem"]]
@@ -160,7 +171,7 @@ def ratio_difference_estimate(name: str, arm: str, base: Sums, other: Sums, rng:
 
 def _label_swap_p(base: Sums, other: Sums, rng: Generator) -> float:
     """Two-sided p of the difference of the ratios of sums when each problem's two readers are exchangeable."""
-    if not len(base[0]) or not (base[1].sum() and other[1].sum()):
+    if not len(base[0]) or _vanishes(base[1]) or _vanishes(other[1]):
         return np.nan
     swapped = rng.integers(0, 2, (N_LABEL_SWAPS, len(base[0])))
     swapped[0] = 0
