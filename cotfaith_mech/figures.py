@@ -12,6 +12,7 @@ A picture is drawn only where its records exist.
 
 from __future__ import annotations
 
+import hashlib
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,8 @@ CURVE_LABELS = {"early_termination": "Early termination", "filler": "Filler", "p
 CURVE_Y = "answers unchanged (share)"
 ROLE_COLOURS = {"true step": "#333333", "all steps": "#333333", "other steps": "#8C8C8C", "random": "#D9D9D9"}
 MAX_CHAIN_MAPS = 3
+LONGEST_STEM = 60
+"""Characters of a file name, of up to four bytes each: file systems end at 255 bytes."""
 MAX_NAMED = 4
 """Ringed points of a panel of the bridge that are named."""
 NAME_ROW = 0.055
@@ -104,8 +107,15 @@ def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) ->
         yield "attribution", attribution_figure(heads, readers)
 
 
+def file_stem(name: str) -> str:
+    """What the files of the figure `name` are called: no folder of its own; a long name is cut and told by a hash."""
+    safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    told = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+    return safe if len(safe) <= LONGEST_STEM else f"{safe[:LONGEST_STEM]}_{told}"
+
+
 def _save(run: RunDirectory, name: str, figure: Figure) -> list[Path]:
-    stem = run.figures / "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    stem = run.figures / file_stem(name)
     png, pdf = stem.with_suffix(".png"), stem.with_suffix(".pdf")
     figure.savefig(png, metadata={"Software": None})
     figure.set_layout_engine("none")
@@ -174,7 +184,7 @@ def patching_figure(cells: Table, readers: list[str]) -> Figure:
         title_panels(figure, axes[1], ["", *(f"{a} − {b}" for a, b in gaps)])
     axes[0][0].set_xlabel("layer of the patch")
     variant = cells["variant"].iloc[0]
-    draw_scale(figure, axes.ravel(), limit, f"Δ logit difference\n({variant}, logits)")
+    draw_scale(figure, axes.ravel(), limit, f"Δ logit difference\n({drawable(variant)}, logits)")
     return figure
 
 
@@ -240,7 +250,7 @@ def forest_figure(differences: list[Any], readers: list[str]) -> Figure:
         colour = colour_of(readers, reader)
         axis.plot([estimate.ci_low, estimate.ci_high], [y, y], color=colour)
         axis.plot(estimate.value, y, marker=marker_of(readers, reader), color=colour)
-        interval = f"{estimate.arm}  {estimate.signed}"
+        interval = f"{drawable(estimate.arm)}  {estimate.signed}"
         axis.annotate(interval, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
     axis.axvline(0, color="#555555", linewidth=0.8, zorder=0)
     centres = [i * (len(arms) + 0.6) + (len(arms) - 1) / 2 for i in range(len(names))]

@@ -48,7 +48,7 @@ def seeds_figure(
             text = f"{estimate.value:+.2f} in each of {len(seeds)} seeds"
         axis.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
     for group in groups:
-        axis.plot([], [], color=colour_of(colours, group), marker=marker_of(colours, group), label=group)
+        axis.plot([], [], color=colour_of(colours, group), marker=marker_of(colours, group), label=drawable(group))
     axis.axvline(0, color="#555555", linewidth=0.8, zorder=0)
     centres = [i * height + (len(groups) - 1) / 2 for i in range(len(names))]
     labels = [name.split(" | ")[0] + (f" ({arm})" if len(arms) > 1 else "") for name, arm in names]

@@ -16,7 +16,10 @@ from matplotlib.figure import Figure
 from cotfaith_mech import figures, views
 from cotfaith_mech.bridge import DISAGREEMENT
 from cotfaith_mech.chain_figures import heads_figure, tokens_figure
+from cotfaith_mech.merge import Merged
+from cotfaith_mech.merged_figures import seeds_figure
 from cotfaith_mech.records import COLUMNS, RunDirectory
+from cotfaith_mech.stats import Estimate
 
 from .fake_run import LAYERS, N_STEPS, READERS, write_fake_run
 
@@ -197,6 +200,21 @@ def test_every_figure_is_written_as_png_and_pdf_even_with_hostile_text(
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
     assert all((run.figures / name).stat().st_size > 2000 for name in names)
     assert (run.figures / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_in_the_forest_are_drawn_without_what_the_font_lacks(tmp_path: Path) -> None:
+    """A missing glyph is a warning, which fails."""
+    estimate = Estimate("dependence", "B\x1b-A", 4, 0.5, 0.4, 0.6, 0.5, "x")
+    merged = Merged("group\x1b", estimate, {"1": 0.4, "2": 0.6})
+    for figure in (figures.forest_figure([estimate], ["A", "B"]), seeds_figure([merged], ["group\x1b"])):
+        figure.savefig(tmp_path / "forest.png")
+
+
+def test_a_long_name_of_a_figure_is_cut_and_told_apart() -> None:
+    stems = {figures.file_stem("漢" * 300 + end) for end in "ab"}
+    assert len(stems) == 2
+    assert all(len(f"{stem}.png".encode()) < 255 for stem in stems)
+    assert figures.file_stem("../x/y.z") == "___x_y_z"
 
 
 def test_a_run_without_mechanism_draws_only_what_it_has(tmp_path: Path) -> None:
