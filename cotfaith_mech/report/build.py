@@ -2,8 +2,8 @@
 
 1. Tables and charts come from views.py and charts.py; texts reach the page through jinja2 with autoescape, or inside
    compressed JSON blocks, and the page's scripts only ever set them as text.
-2. A content security policy admits exactly the page's own scripts, by their hashes: whatever slips into the text can
-   neither run nor load anything.
+2. A content security policy admits exactly the page's own scripts and style sheet, by their hashes: whatever slips into
+   the text can neither run nor load nor send anything, and no text is read as markup (trusted types).
 3. The text comes before the scripts, so it is on the screen before plotly.js is read; a chain's block is unpacked when
    the chain is opened.
 """
@@ -29,6 +29,7 @@ from markupsafe import Markup
 from .. import views
 from ..certificate import doubts, in_words, shipped
 from ..compare import BOTH_CORRECT, CORRECT_WITHOUT_CHAIN, UNDECIDED, holm_p
+from ..figures import file_stem
 from ..metrics import CELLS
 from ..outcomes import Table
 from ..records import RunDirectory
@@ -46,6 +47,8 @@ HEADLINES = ("accuracy", "dependence", "infogain/logp_gain")
 """Shown in every stratum beside the primary outcomes."""
 STRATA = ("", BOTH_CORRECT, CORRECT_WITHOUT_CHAIN)
 """Ends of an estimate's name: all problems, those all readers get right, those right without the chain."""
+BOLD = "font-weight:bold"
+"""The style attribute that plotly gives to what stands in <b>."""
 PDF_OF = {"trace": "decision_trace"}
 """The paper figure of a section where it has another name."""
 
@@ -116,7 +119,7 @@ def _context(run: RunDirectory) -> dict[str, Any]:
     known = shipped()
     index, blocks = chain_data(run, *of_all, readers, apart)
     return {
-        **shell("charts", "chains"),
+        **shell("charts", "chains", rules=heights(numbered) + _reader_rules(readers)),
         "title": " · ".join(readers),
         "readers": _reader_rows(readers, config, manifest, estimates, end),
         "n_problems": records["problem_id"].nunique(),
@@ -214,30 +217,60 @@ def as_base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def shell(*names: str) -> dict[str, Any]:
-    """What every page is made of: its style, plotly.js and the scripts of `names`, and the policy that admits them."""
+def heights(drawn: Sequence[dict[str, Any]]) -> str:
+    """A rule for the place of each chart, which is as high before it is drawn."""
+    return "".join(f'[data-chart="{chart["id"]}"] {{ height: {chart["height"]}px; }}\n' for chart in drawn)
+
+
+def _reader_rules(readers: Sequence[str]) -> str:
+    """The readers' colours, and how many columns the chain view has."""
+    dots = [
+        f".readers li:nth-child({n}) .dot {{ background: {charts.colour(readers, one)}; }}\n"
+        for n, one in enumerate(readers, 1)
+    ]
+    return "".join(dots) + f".stage {{ --readers: {len(readers)}; }}\n"
+
+
+def shell(*names: str, rules: str = "") -> dict[str, Any]:
+    """What every page is made of: its style with the page's own `rules`, plotly.js and the scripts of `names`, and the
+    policy that admits them.
+
+    `unused_styles`: ids of style sheets that plotly.js adds as it loads, for maps of the earth, unless they are there.
+    """
     texts = [plotly.offline.get_plotlyjs(), *((HERE / f"{name}.js").read_text("utf-8") for name in names)]
+    scripts, style = [_clean(text) for text in texts], _clean((HERE / "report.css").read_text("utf-8") + rules)
     return {
-        "policy": _policy(texts),
-        "scripts": [Markup(_clean(text)) for text in texts],
-        "style": Markup((HERE / "report.css").read_text("utf-8")),
+        "policy": _policy(scripts, style),
+        "scripts": [Markup(script) for script in scripts],
+        "style": Markup(style),
+        "unused_styles": re.findall(r'getElementById\("([0-9a-f]{64})"\)', texts[0]),
     }
 
 
-def _clean(script: str) -> str:
-    """The script with the line ends a parser would give it; its hash is taken of the same text."""
-    text = script.replace("\r\n", "\n").replace("\r", "\n")
-    assert "</script" not in text.lower()
+def _clean(text: str) -> str:
+    """A script or style sheet with the line ends a parser would give it; its hash is taken of the same text."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    assert not re.search("</(script|style)", text, re.IGNORECASE)
     return text
 
 
-def _policy(scripts: Any) -> str:
-    digests = [hashlib.sha256(_clean(script).encode()).digest() for script in scripts]
-    sources = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+def _policy(scripts: Sequence[str], style: str) -> str:
+    """Nothing is loaded or sent; what runs and the style sheet are named by hash.
+
+    plotly adds an empty style sheet, which it fills by calls, and sets style attributes to nothing or to BOLD: these
+    are named too. Pictures are drawn from data and saved from blobs.
+    """
     return (
-        f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; connect-src 'none'; frame-src 'none'; object-src 'none'; worker-src 'none'; "
+        f"script-src {_hashes(scripts)}; require-trusted-types-for 'script'; trusted-types default; "
+        f"style-src-elem {_hashes([style, ''])}; style-src-attr 'unsafe-hashes' {_hashes(['', BOLD])}; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
+
+
+def _hashes(texts: Sequence[str]) -> str:
+    digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
 
 def _verdicts(manifest: dict[str, Any]) -> list[str]:
@@ -270,8 +303,7 @@ def _reader_rows(
     for reader in readers:
         info, own = models.get(reader) or {}, named.get(reader) or {}
         parts = [str(part) for part in (own.get("model") or info.get("name"), own.get("adapter")) if part]
-        row = {"name": reader, "model": " + ".join(parts), "colour": charts.colour(readers, reader)}
-        rows.append(row | {"accuracy": accuracy.get(reader + end, "")})
+        rows.append({"name": reader, "model": " + ".join(parts), "accuracy": accuracy.get(reader + end, "")})
     return rows
 
 
@@ -307,7 +339,7 @@ def _numbered(sections: dict[str, Any], author: str) -> list[dict[str, Any]]:
         for key, group in groups.items():
             for chart in group["charts"] if isinstance(group, dict) else group:
                 chart["id"] = f"{name}-{len(found)}"
-                chart["pdf"] = f"patching_{key}" if name == "patching" else PDF_OF.get(name, name)
+                chart["pdf"] = file_stem(f"patching_{key}" if name == "patching" else PDF_OF.get(name, name))
                 if name == "curves" and key != author:
                     chart["pdf"] = ""
                 found.append(chart)

@@ -37,7 +37,9 @@ cotfaith.data.then((data) => {
   }
 
   const effect = () => data.effects.find((one) => one.key === pick.effect.value);
-  const valuesOf = (chain, key, reader) => (chain.effects[key] && chain.effects[key][reader]) || [];
+  // A name like "constructor" is no member that every object has.
+  const of = (table, name) => (table && Object.hasOwn(table, name) ? table[name] : undefined);
+  const valuesOf = (chain, key, reader) => of(of(chain.effects, key), reader) ?? [];
 
   function largest(chain) {
     const found = valuesOf(chain, pick.effect.value, pick.reader.value).filter((value) => value !== null);
@@ -129,7 +131,7 @@ cotfaith.data.then((data) => {
     });
     const answers = element("tr");
     answers.append(element("td", `${(detail.cue ?? "").trim()} …`, "text"));
-    answers.append(...data.readers.map((reader) => element("td", said(chain.answers[reader]), "n")));
+    answers.append(...data.readers.map((reader) => element("td", said(of(chain.answers, reader)), "n")));
     byId("chain-steps").replaceChildren(...rows, answers);
     showArrows(chain);
   }
@@ -190,7 +192,7 @@ cotfaith.data.then((data) => {
     const text = element("td", null, "edit");
     edit.steps.forEach((step, j) => text.append(element(step === detail.steps[j] ? "span" : "mark", step)));
     if (!edit.steps.length) text.append(element("span", "(no step)", "soft"));
-    row.append(text, ...data.readers.map((reader) => element("td", said(edit.answers[reader]), "n")));
+    row.append(text, ...data.readers.map((reader) => element("td", said(of(edit.answers, reader)), "n")));
     return row;
   }
 
@@ -218,9 +220,10 @@ cotfaith.data.then((data) => {
     current = chain;
     const detail = await detailOf(data.chains.indexOf(chain));
     if (current !== chain) return;
-    byId("chain-name").textContent = `${chain.problem_id}, chain of ${chain.author}`;
+    byId("chain-name").replaceChildren(element("bdi", chain.problem_id), ", chain of ", element("bdi", chain.author));
     byId("chain-question").textContent = detail.question ?? "";
-    byId("chain-gold").textContent = `gold answer: ${chain.gold ?? "–"}${chain.apart.length ? `; behaviour and mechanism disagree (${chain.apart.join(", ")})` : ""}`;
+    const apart = chain.apart.length ? `; behaviour and mechanism disagree (${chain.apart.join(", ")})` : "";
+    byId("chain-gold").replaceChildren("gold answer: ", element("bdi", chain.gold ?? "–"), apart);
     showSteps(chain, detail);
     const maps = Object.entries(detail.maps).map(([variant, group]) => [`${variant}: change of the logit difference`, group]);
     showCharts(byId("chain-maps"), maps, "No patching of this chain.");

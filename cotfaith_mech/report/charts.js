@@ -1,5 +1,7 @@
 "use strict";
-// Draws the charts and saves them; filters the estimates. Texts are only ever set as text.
+// Draws the charts and saves them; filters the estimates. Texts are only ever set as text, and the page's policy has the
+// browser refuse whatever would read one as markup: what passes holds no tag, as plotly's own uses do not.
+window.trustedTypes?.createPolicy("default", { createHTML: (text) => (text.includes("<") ? null : text) });
 const cotfaith = (() => {
   const byId = (id) => document.getElementById(id);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -42,7 +44,7 @@ const cotfaith = (() => {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: spec.data[0].type === "heatmap" ? "rgba(128,128,128,0.25)" : "rgba(0,0,0,0)",
       font: { color: ink, size: 12, family: FONT },
-      hoverlabel: { bgcolor: page, bordercolor: ink, font: { color: ink }, align: "left" },
+      hoverlabel: { bgcolor: page, bordercolor: ink, font: { color: ink }, align: "left", namelength: -1 },
       dragmode: false,
       ...spec.layout,
       legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0, ...spec.layout.legend },
@@ -66,7 +68,7 @@ const cotfaith = (() => {
       if (!spec.id.startsWith("bridge") || node.dataset.bound) return;
       node.dataset.bound = "1";
       node.on("plotly_click", ({ points: [point] }) => {
-        const link = new URLSearchParams({ chain: point.customdata, reader: point.data.name });
+        const link = new URLSearchParams({ chain: point.customdata, reader: point.data.meta });
         location.hash = link.toString();
       });
     });
@@ -92,14 +94,17 @@ const cotfaith = (() => {
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
 
+  // Letters and digits; a file system takes 255 bytes, so of a longer name the two ends.
   function nameOf(spec) {
-    return `${spec.id} ${spec.title}`.replace(/[^\p{L}\p{N}]+/gu, "_").replace(/^_|_$/g, "");
+    const name = `${spec.id} ${spec.title}`.replace(/[^\p{L}\p{N}]+/gu, "_").replace(/^_|_$/g, ""), letters = [...name];
+    const long = new TextEncoder().encode(name).length > 240;
+    return long ? [...letters.slice(0, 40), "_", ...letters.slice(-19)].join("") : name;
   }
 
   // The figure on white paper, with the title and the colour bars that the page writes around it.
   function pictureOf(node, spec) {
     const layout = { ...layoutOf(spec, PAPER), width: node.clientWidth, height: spec.height + 40, paper_bgcolor: "#fff" };
-    layout.title = { text: spec.title, x: 0.02, font: { size: 14 } };
+    layout.title = { text: spec.heading, x: 0.02, font: { size: 14 } };
     layout.margin = { ...layout.margin, t: layout.margin.t + (spec.data.length > 1 ? 66 : 40) };
     const data = spec.data.map((trace) => (trace.type === "heatmap" ? { ...trace, showscale: true } : { ...trace }));
     return [{ data, layout }, { scale: 3, width: layout.width, height: layout.height }];
@@ -166,9 +171,15 @@ const cotfaith = (() => {
     return rows;
   }
 
+  // A spreadsheet would compute a text that begins like a formula: an apostrophe keeps it text. Numbers stay as they are.
+  function inert(value) {
+    const formula = typeof value === "string" && /^[=+\-@\uFF1D\uFF0B\uFF0D\uFF20]/.test(value) && Number.isNaN(Number(value));
+    return formula ? `'${value}` : value ?? "";
+  }
+
   function csv(rows) {
-    const cell = (value) => (/[",\n]/.test(value ?? "") ? `"${String(value).replaceAll('"', '""')}"` : value ?? "");
-    return rows.map((row) => row.map(cell).join(",")).join("\n") + "\n";
+    const cell = (value) => (/[",\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : value);
+    return rows.map((row) => row.map(inert).map(cell).join(",")).join("\n") + "\n";
   }
 
   function addSaving(node, spec) {

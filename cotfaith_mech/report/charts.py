@@ -1,6 +1,7 @@
 """The report's interactive charts as plotly.js values (`data`, `layout`): tables of views.py in, plain dicts out.
 
-plotly.js reads a little markup in every text it draws, so each text of a model or data set passes through `label`.
+plotly.js reads a little markup in every text it draws, so each text of a model or data set passes through `label`,
+and axes of names say that they are, as names like dates or numbers would be drawn as such.
 Colours of text and grid are left to the page, which knows whether it is light or dark.
 """
 
@@ -22,13 +23,16 @@ from ..outcomes import Table
 from ..stats import Estimate
 
 GREY = "#777777"
+CONTROLS = {code: 0x2400 + code for code in range(32) if not chr(code).isspace()} | {0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
+"""Characters that a picture's XML cannot hold, and those that show them."""
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 
 
 def label(text: str, width: int = 60, most: int = 240) -> str:
-    """Text that plotly draws as it stands: shortened, wrapped, its markup characters as entities."""
-    short = textwrap.shorten(text, most, placeholder=" …") if len(text) > most else text
-    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(short, width)) or " "
+    """Text that plotly draws as it stands: shortened, wrapped, its characters of markup and templates as entities."""
+    short = text[: most - 2].rstrip() + " …" if len(text) > most else text
+    lines = textwrap.wrap(short.translate(CONTROLS), width)
+    return "<br>".join(html.escape(line, quote=False).replace("%{", "%&#123;") for line in lines) or " "
 
 
 def numbers(values: Iterable[Any]) -> list[float | None]:
@@ -41,7 +45,8 @@ def colour(readers: Sequence[str], reader: str) -> str:
 
 
 def chart_of(title: str, data: list[dict[str, Any]], height: int, **layout: Any) -> dict[str, Any]:
-    return {"title": title, "height": height, "data": data, "layout": layout}
+    """`title` is text; `heading` the same for plotly, which writes it into a saved picture."""
+    return {"title": title, "heading": label(title), "height": height, "data": data, "layout": layout}
 
 
 def curve_charts(curves: Table, readers: Sequence[str]) -> list[dict[str, Any]]:
@@ -109,7 +114,7 @@ def conflict_chart(triple: Table, readers: Sequence[str]) -> dict[str, Any]:
         for metric, shade in CONFLICT_COLOURS.items()
     ]
     x = {"title": {"text": "probability"}, "range": [0, 1]}
-    y = {"autorange": "reversed", "ticklabelposition": "outside"}
+    y = {"type": "multicategory", "autorange": "reversed", "ticklabelposition": "outside"}
     uniform = {"minsize": 9, "mode": "hide"}
     return chart_of(
         "",
@@ -162,7 +167,13 @@ def forest_chart(differences: Sequence[Estimate], readers: Sequence[str]) -> dic
 
 def _forest(data: list[dict[str, Any]], names: list[str], row_height: int, unit: str) -> dict[str, Any]:
     x = {"title": {"text": unit}, "zeroline": True}
-    y = {"range": [len(names) - 0.5, -0.5], "categoryorder": "array", "categoryarray": names}
+    y = {
+        "type": "category",
+        "dtick": 1,
+        "range": [len(names) - 0.5, -0.5],
+        "categoryorder": "array",
+        "categoryarray": names,
+    }
     height = 130 + row_height * len(names)
     return chart_of("", data, height, xaxis=x, yaxis=y, scattermode="group", scattergap=0.4)
 
@@ -226,9 +237,8 @@ def levels_chart(estimates: Sequence[Estimate], readers: Sequence[str], title: s
     trace = _marks(estimates, [label(e.arm.replace("/", " reads ")) for e in estimates], shades)
     trace["hovertemplate"] = "%{y}: " + trace["hovertemplate"] + "<extra></extra>"
     x = {"title": {"text": unit}, "zeroline": True}
-    return chart_of(
-        title, [{**trace, "showlegend": False}], 110 + 34 * len(estimates), xaxis=x, yaxis={"autorange": "reversed"}
-    )
+    y = {"type": "category", "dtick": 1, "autorange": "reversed"}
+    return chart_of(title, [{**trace, "showlegend": False}], 110 + 34 * len(estimates), xaxis=x, yaxis=y)
 
 
 def knockout_chart(losses: Table, readers: Sequence[str]) -> dict[str, Any]:
@@ -275,7 +285,8 @@ def bridge_chart(points: Table, disagreements: Table, readers: Sequence[str]) ->
             "line": {"width": [2 if ring else 0 for ring in ringed], "color": "#777777"},
         }
         names = [f"{label(p)}, step {s + 1}" for p, s in zip(one["problem_id"], one["step"], strict=True)]
-        trace = {"mode": "markers", "x": numbers(one["mistake"]), "y": numbers(one["knockout"]), "name": label(reader)}
+        trace = {"mode": "markers", "x": numbers(one["mistake"]), "y": numbers(one["knockout"])}
+        trace |= {"name": label(reader), "meta": reader}
         hover = "%{text}<br>mistake %{x:.2f}, knockout %{y:.2f}<extra>" + label(reader) + "</extra>"
         links = [str(chain) for chain in one["chain_id"]]
         data.append({**trace, "marker": marker, "text": names, "customdata": links, "hovertemplate": hover})

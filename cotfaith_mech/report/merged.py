@@ -17,7 +17,7 @@ from ..merge import ENOUGH_SEEDS, Merged, endpoint, group_of, labels_of, merged
 from ..merged_figures import DIFFERENCE, LEVEL, seeds_figure
 from ..privacy import from_home
 from ..records import RunDirectory
-from .build import as_base64, by_outcome, environment, p_value, shell, signed, write_page
+from .build import as_base64, by_outcome, environment, heights, p_value, shell, signed, write_page
 from .chain_view import block
 from .charts import seeds_chart
 
@@ -41,7 +41,7 @@ def build_merged(runs: Sequence[RunDirectory], not_run: Sequence[Path], out: Pat
     chart = seeds_chart(primary, "tuned minus base" if paired else "level") | {"id": "forest", "pdf": "forest"}
     forest = [chart] if primary else []
     context = {
-        **shell("charts"),
+        **shell("charts", rules=heights(forest)),
         "groups": list(dict.fromkeys(row.group for row in rows)),
         "verdicts": _verdicts(rows, primary, [reader["name"] for reader in run.read_manifest()["config"]["readers"]]),
         "certificate": in_words(shipped()),
