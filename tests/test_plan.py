@@ -161,6 +161,18 @@ def test_flops_of_cells_are_those_of_the_benchmark(tmp_path: Path) -> None:
     assert (model.tally.held, model.tally.most_held) == (0, 20)
 
 
+def test_what_a_run_keeps_is_read_without_a_pass_and_all_else_with_a_whole_one(tmp_path: Path) -> None:
+    model = counted.load_counted(str(write_tiny_model(tmp_path / "model")), None, "float32", "cpu", "x")
+    run = model.cached_run(range(20))
+    whole = model.tally.flops
+    run.read([Site("resid_pre", 0), Site("resid_post", 3), Site("v", 1)])
+    assert model.tally.flops == whole
+    run.read([Site("z", 1), Site("v", 1)])
+    assert model.tally.flops == 2 * whole
+    run.read([Site("resid_mid", 2)])
+    assert model.tally.flops == 3 * whole
+
+
 def test_time_and_memory_follow_from_flops_and_weights(tmp_path: Path) -> None:
     path = write_tiny_study(tmp_path, 2, tests=["filler"], mechanisms=["knockout"])
     few = plan_study(load_config(path), tmp_path / "run")

@@ -123,8 +123,8 @@ class CountedRun:
         return self.model.zeros(n_logits, self.model.info.vocab)
 
     def read(self, sites: Sequence[Site], first: int = 0) -> Mapping[Site, Float[Tensor, "pos *width"]]:
-        inside = {site.layer for site in sites if not site.kind.startswith("resid")}
-        self.model.count_pass(first, len(self.tokens), len(inside))
+        if any(site.kind not in ("resid_pre", "resid_post", "v") for site in sites):
+            self.model.count_pass(first, len(self.tokens), n_logits=1)
         return {site: self._state(site, first) for site in sites}
 
     def _state(self, site: Site, first: int) -> Tensor:
