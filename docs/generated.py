@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,81 @@ def certificate() -> str:
     return "\n".join(lines)
 
 
+def throughput_assumed() -> str:
+    """What the model of throughput rests on."""
+    rows = [(f"`{name}`", f"{one['value']:g}", one["from"]) for name, one in _throughput()["assumed"].items()]
+    return _table(("what", "value", "from"), rows)
+
+
+def throughput_units() -> str:
+    """Counts and seconds of each measure of one unit, and of the unit."""
+    known, rows = _throughput(), []
+    for unit in known["units"]:
+        place = f"{unit['steps']} steps, {unit['tokens']} tokens"
+        for name, one in unit["measures"].items():
+            work = (f"{one['layer_calls']:,}", f"{one['token_layers']:,}", f"{one['tflop']:.2f}")
+            plan, texts = f"{one['tflop_of_the_plan']:.2f}", f"{one['texts_and_records_s']:.2f}"
+            rows.append((place, name, *work, plan, texts, *(f"{one[key]:.2f}" for key in unit["unit"])))
+        whole = (f"**{seconds:.2f}**" for seconds in unit["unit"].values())
+        rows.append((place, f"**a unit** (the first {len(known['core'])}, written)", "", "", "", "", "", *whole))
+    shares = (key.replace("s_at_", "s at ") for key in known["cluster"])
+    head = ("chain", "measure", "layer calls", "token-layers", "TFLOP", "plan, TFLOP", "texts and records, s", *shares)
+    return _table(head, rows)
+
+
+def throughput_cluster() -> str:
+    """Units an hour on each number of GPUs."""
+    low, high = _throughput()["cluster"].values()
+    rows = [
+        (
+            f"{one['units']:,}",
+            str(one["gpus"]),
+            f"{one['loading_s']:g}",
+            *(f"{some['measuring_h'] * 60:.1f}" for some in (one, two)),
+            *(f"{some['units_an_hour']:,}" for some in (one, two)),
+            f"{one['idle_in_the_last_round']:.1%}",
+            *(f"{some['files_a_second']:g}" for some in (one, two)),
+        )
+        for one, two in zip(low, high, strict=True)
+    ]
+    twice = [
+        f"{name}, {share}" for name in ("minutes", "units an hour", "files a second") for share in ("20 %", "40 %")
+    ]
+    return _table(("units", "GPUs", "loading, s", *twice[:4], "idle in the last round", *twice[4:]), rows)
+
+
+def throughput_ends() -> str:
+    """At how many GPUs the driver has no time left."""
+    known = _throughput()
+    full = " and ".join(f"{gpus:,} GPUs at {key[5:]}" for key, gpus in known["driver_is_full_at_gpus"].items())
+    a_unit = known["assumed"]["driver_s_a_unit"]["value"] * 1e3
+    return f"- **The driver.** At {a_unit:g} ms a unit it is full with {full}; shards (`--shard i/n`) have no driver."
+
+
+def throughput_validation() -> str:
+    """The model at this machine's rates beside what was measured."""
+    found = _throughput()["validation"]
+    said = (
+        f"{found['model']}, {found['threads']} thread, CPU seconds, medians of {found['rounds']}, at rates measured in "
+        f"the same run: products {found['flops'] / 1e9:.0f} GFLOP/s, weights {found['bytes_s'] / 1e9:.1f} GB/s, "
+        f"{found['host_s_a_layer'] * 1e3:.2f} ms of the host a layer."
+    )
+    core = [row for row in found["measures"] if row["measure"] in _throughput()["core"]]
+    off = sum(row["measured_s"] for row in core) / sum(row["modelled_s"] for row in core)
+    keys = ("steps", "tokens", "measure", "modelled_s", "measured_s", "ratio")
+    rows = [tuple(str(row[key]) for key in keys) for row in found["measures"]]
+    table = _table([key.replace("_s", ", s") for key in keys], rows)
+    return f"{said}\n\n{table}\n\nWhat a study measures by default took {off:.2f} times what the model says."
+
+
+def _throughput() -> dict[str, Any]:
+    return json.loads((Path(__file__).parent.parent / "experiments" / "results" / "throughput.json").read_text())
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
 TITLES = {"StudyConfig": "The study", "ReaderConfig": "A reader", "GenerationConfig": "`generation`"}
 KINDS = {
     "string": "text",
@@ -132,4 +207,9 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "names": names,
     "units": units,
     "certificate": certificate,
+    "throughput_assumed": throughput_assumed,
+    "throughput_units": throughput_units,
+    "throughput_cluster": throughput_cluster,
+    "throughput_ends": throughput_ends,
+    "throughput_validation": throughput_validation,
 }
