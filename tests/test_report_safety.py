@@ -171,14 +171,11 @@ def bare(text: str) -> str:
 
 
 def walked(page: Page) -> str:
-    """All that the page shows when every chart is drawn and hovered over, and every chain opened."""
+    """All that the page shows when every chart is drawn and hovered over, and a chain opened."""
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    seen = []
-    for link in range(2):
-        page.locator("#chain-list a").nth(link).evaluate("node => node.click()")
-        expect(page.locator("#chain-list tr").nth(link)).to_have_attribute("aria-current", "true", timeout=SLOW)
-        seen.append(page.locator("#chains").text_content() or "")
-    charts = page.locator(".chart")
+    page.locator("#chain-list a").nth(1).evaluate("node => node.click()")
+    expect(page.locator("#chain-list tr").nth(1)).to_have_attribute("aria-current", "true", timeout=SLOW)
+    charts, seen = page.locator(".chart"), []
     expect(page.locator(".chart:not(:has(.main-svg))")).to_have_count(0, timeout=SLOW)
     for i in range(charts.count()):
         seen += charts.nth(i).evaluate(HOVER)
@@ -239,8 +236,11 @@ def test_every_hostile_text_is_shown_and_none_becomes_an_element(
     page.context.close()
 
 
-def test_what_a_person_saves_of_hostile_texts_is_inert(browser: Browser, hostile: RunDirectory, tmp_path: Path) -> None:
-    """No cell is a formula, no file leaves its folder, and a picture's title is the text and no markup."""
+def test_what_a_person_saves_and_clicks_of_hostile_texts_is_inert(
+    browser: Browser, hostile: RunDirectory, tmp_path: Path
+) -> None:
+    """No cell is a formula, no file leaves its folder, a picture's title is the text and no markup, and a
+    point of the bridge names its reader as it is called."""
     watched = Watched(browser, hostile.path / "report.html")
     page = watched.page
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
@@ -255,6 +255,11 @@ def test_what_a_person_saves_of_hostile_texts_is_inert(browser: Browser, hostile
     assert any(cell.startswith("-0.") for cell in cells)
     paper = saved(page, page.locator("#patching figure:nth-child(1) .save button", has_text="PDF").last, tmp_path)
     assert paper.read_bytes() == b"%PDF of " + file_stem(f"patching_{hostile_words('noise')}").encode()
+    page.evaluate(
+        "() => { const chart = document.querySelector('#bridge .chart'), data = chart.data[1]; "
+        "chart.emit('plotly_click', { points: [{ data, customdata: data.customdata[0] }] }); }"
+    )
+    expect(page.locator("#pick-reader")).to_have_value(hostile_words("=reader B"))
     page.evaluate("Plotly.downloadImage = (picture) => { window.asked = picture; }")
     page.locator("#chain-maps .save button", has_text="PNG").first.click()
     title = page.evaluate(
@@ -265,19 +270,6 @@ def test_what_a_person_saves_of_hostile_texts_is_inert(browser: Browser, hostile
     assert page.evaluate("window.pwned") is None
     assert watched.wrong == []
     assert watched.outside() == []
-    page.context.close()
-
-
-def test_a_point_of_the_bridge_names_its_reader_as_it_is_called(browser: Browser, hostile: RunDirectory) -> None:
-    watched = Watched(browser, hostile.path / "report.html")
-    page = watched.page
-    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    page.locator("#bridge .main-svg").first.wait_for(state="attached")
-    page.evaluate(
-        "() => { const chart = document.querySelector('#bridge .chart'), data = chart.data[1]; "
-        "chart.emit('plotly_click', { points: [{ data, customdata: data.customdata[0] }] }); }"
-    )
-    expect(page.locator("#pick-reader")).to_have_value(hostile_words("=reader B"))
     page.context.close()
 
 
@@ -353,19 +345,16 @@ def test_labels_are_cut_by_characters_and_show_what_a_picture_cannot_hold() -> N
 
 
 def test_a_paper_figure_is_looked_for_in_its_folder_alone(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", plain_words, PLAIN)
     (tmp_path / "private.pdf").write_bytes(b"%PDF private")
-    variant = "x/../../../private"
+    chain, variant = Chain("p", "gold", "How many?", (" 2 + 2 = 4.",), "\nSo", " 4").to_json(), "x/../../../private"
+    run = RunDirectory.create(tmp_path / "run", {"readers": ["A"]})
+    run.write_chains([chain])
     (run.figures / "patching_x").mkdir()
-    unit = run.read_unit_meta()[0]
-    where = {"problem_id": "q", "chain_id": unit["chain_id"], "author": "a", "reader": unit["reader"]}
-    cell = {"measure": "patching", "variant": variant, "layer": 0, "step": 0, "site": "s"}
-    rows = [Record(**where, **cell, metric="logit_diff", value=1.0)]
-    rows += [
-        Record(**where, measure="patching", variant=variant, metric=f"logit_diff_{end}", value=0.0)
-        for end in ("base", "source")
-    ]
-    run.write_unit("more", rows, {})
+    cell = {"problem_id": "p", "chain_id": chain["chain_id"], "author": "gold", "reader": "A", "variant": variant}
+    rows = [Record(**cell, measure="patching", metric="logit_diff", step=0, layer=0, site="s", value=1.0)]
+    for end in ("base", "source"):
+        rows.append(Record(**cell, measure="patching", metric=f"logit_diff_{end}", value=0.0))
+    run.write_unit("unit", rows, {})
     page = build_report(run).read_text("utf-8")
     assert "x/../../../private" in page
     assert base64.b64encode(b"%PDF private").decode() not in page
@@ -401,35 +390,23 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> dict[Words, Path]:
     return found
 
 
-@pytest.mark.parametrize("unguarded", [False, True], ids=["as it is", "without its policy"])
-def test_hostile_names_of_merged_runs_stay_names(browser: Browser, merged: dict[Words, Path], unguarded: bool) -> None:
+def test_hostile_names_of_merged_runs_stay_names(browser: Browser, merged: dict[Words, Path]) -> None:
     found = {}
-    for words, path in merged.items():
-        watched = Watched(
-            browser, path, "#<img src=x onerror=window.pwned=1>", shows="#primary .main-svg", bypass_csp=unguarded
-        )
+    for words, unguarded in ((hostile_words, False), (hostile_words, True), (plain_words, False)):
+        fragment = "#<img src=x onerror=window.pwned=1>"
+        watched = Watched(browser, merged[words], fragment, shows="#primary .main-svg", bypass_csp=unguarded)
         page = watched.page
         seen = page.locator(".chart").evaluate(HOVER)
         shown = bare("".join([*seen, page.locator("body").text_content() or ""]))
-        places = [
-            "a model",
-            "ad",
-            "a group",
-            "seed 1",
-            "an estimate",
-            "a stage",
-            "a reason",
-            "tuned",
-            "base",
-        ]
+        places = ["a model", "ad", "a group", "seed 1", "an estimate", "a stage", "a reason", "tuned", "base"]
         assert [place for place in places if bare(words(place)) not in shown] == []
         assert bare(words("run 1").replace("/", "∕")[:200]) in shown
-        found[words] = dangerous(page)
+        found[words, unguarded] = dangerous(page)
         assert page.evaluate("window.pwned") is None
         assert watched.wrong == []
         assert watched.outside() == []
         page.context.close()
-    assert found[hostile_words] == found[plain_words]
+    assert len({tuple(counted.items()) for counted in found.values()}) == 1
 
 
 def test_a_notebook_shows_hostile_chains_and_maps_as_text(browser: Browser) -> None:
@@ -574,7 +551,7 @@ def test_the_pages_own_scripts_cannot_be_misled_to_run_or_send_text(
         code = code.replace("'URL/", f"'{address}/").replace("(URL/", f"({address}/")
         found[name] = page.evaluate(
             f"() => new Promise((done) => setTimeout(() => {{ stopped.length = 0; try {{ {code} }} catch (error) {{ 0; }} "
-            "setTimeout(() => done(stopped[0]), 100); }, 0))"
+            "setTimeout(() => done(stopped[0]), 50); }, 0))"
         )
     assert found == {name: directive for name, (_, directive) in SINKS.items()}
     assert page.evaluate("window.pwned") is None
