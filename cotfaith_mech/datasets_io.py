@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from .errors import CotfaithError
 from .formats import TEMPLATES, Entry, Format, Origin, Row, check_template, detect, of_row
 from .inspect_logs import is_log, read_log
 from .organisms.rules import organism_problems
-from .problems import Problem
+from .problems import HALF_PAIR, Problem
 
 _GENERATORS = {"people": people_problems, "arithmetic": word_problems, "copy": copy_problems}
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))??(?::([\w.-]+))?")
@@ -96,7 +97,8 @@ def _collect(
         {"problem_id": entries[i].problem_id, "row": entries[i].place, "reason": f"{entries[i].place}: {faults[i]}"}
         for i in sorted(faults)
     ]
-    return [problems[i] for i in sorted(problems)], left_out
+    printable = [{key: HALF_PAIR.sub("\ufffd", text) for key, text in row.items()} for row in left_out]
+    return [problems[i] for i in sorted(problems)], printable
 
 
 def _read(entry: Entry, form: Format, stem: str, template: str | None) -> Problem | str:
@@ -105,7 +107,12 @@ def _read(entry: Entry, form: Format, stem: str, template: str | None) -> Proble
         return entry.fault
     form = of_row(form, entry.row)
     template = TEMPLATES[form.family] if template is None else template
-    return form.problem(entry.row, Origin(entry.problem_id, stem, template))
+    problem = form.problem(entry.row, Origin(entry.problem_id, stem, template))
+    if isinstance(problem, Problem):
+        for name, value in asdict(problem).items():
+            if HALF_PAIR.search(json.dumps(value, ensure_ascii=False)):
+                return f"half a surrogate pair stands in its {name}, which no tokenizer reads"
+    return problem
 
 
 def _file_entries(path: Path) -> list[Entry]:

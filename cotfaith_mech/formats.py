@@ -39,7 +39,6 @@ YESNO = ("yes", "no", "maybe")
 _REASONING = ("steps", "chain", "reasoning")
 _FIELDS = ("context", "question", "choices")
 _TOKEN = re.compile(r"\{\{|\}\}|\{(\w+)\}")
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(
     r"[-+−–]?([$€£¥]\s?[-−–]?)?"
     rf"((\d+\s+(?=\d+[/⁄]))?{UNSIGNED}(\s?[/⁄]\s?\d+)?|\d*\s?[¼-¾⅐-⅞])\s?%?"
@@ -329,8 +328,6 @@ def _problem(
     kind: AnswerKind = "choice" if choices else "number" if _is_number(gold) else "text"
     if options is None and gold.lower() in YESNO:
         kind, choices, gold = "yesno", YESNO, gold.lower()
-    if _HALF_PAIR.search("".join((text, gold, *worked))):
-        return "the text holds half a surrogate pair, which no tokenizer reads"
     return Problem(origin.problem_id, text, gold, origin.source, kind=kind, choices=choices, steps=worked, cue=CUE)
 
 
@@ -357,8 +354,6 @@ def _with_own_reasoning(row: Row, problem: Problem) -> Problem | str:
         return paraphrases
     if given:
         problem = replace(problem, steps=_tiled(steps), author=row.get("inspect_model", "supplied"))
-    if _HALF_PAIR.search("".join((cue, *problem.steps))):
-        return "the text holds half a surrogate pair, which no tokenizer reads"
     return replace(problem, cue=_separated(cue).rstrip(), paraphrases=_fitted(paraphrases, problem.steps))
 
 
@@ -450,8 +445,6 @@ def _draws(draws: Any, n_steps: int | None) -> tuple[tuple[str | None, ...], ...
             return f"draw {place} of the paraphrases has {len(draw)} items for {n_steps} steps"
         if not all(text is None or (isinstance(text, str) and text.strip()) for text in draw):
             return f"draw {place} of the paraphrases holds a blank or something that is no text"
-        if _HALF_PAIR.search("".join(text or "" for text in draw)):
-            return f"draw {place} of the paraphrases holds half a surrogate pair, which no tokenizer reads"
     return tuple(tuple(draw) for draw in draws)
 
 

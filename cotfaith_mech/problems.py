@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from .errors import CotfaithError
 
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, which JSON and YAML can spell and no encoding, tokenizer or table holds."""
 LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 AnswerKind = Literal["number", "choice", "yesno", "text"]
 
