@@ -73,16 +73,21 @@ def supplied(steps: Sequence[str], draws: Sequence[Sequence[str | None]]) -> Par
 
 def by_model(reader: TextReader, steps: Sequence[str], n_draws: int, seed: int) -> Paraphrases:
     """Wordings sampled from `reader`, each of up to TRIES; it sees one step at a time."""
+    from .sampling import no_room
+
     found: dict[tuple[int, int], str] = {}
     reasons = Counter[str]()
-    worded = [i for i, step in enumerate(steps) if re.search(r"[^\W\d_]{2}", step)]
+    prompts = {i: reader.render(INSTRUCTION + s.strip()) for i, s in enumerate(steps) if re.search(r"[^\W\d_]{2}", s)}
+    refused = {i: reason for i, prompt in prompts.items() if (reason := no_room(reader, prompt, 0))}
+    reasons.update(refused.values())
+    worded = [i for i in prompts if i not in refused]
     for attempt in range(TRIES):
         open_ = [(d, i) for d in range(n_draws) for i in worded if (d, i) not in found]
         for first in range(0, len(open_), BATCH):
             places = open_[first : first + BATCH]
             bodies = [steps[i].strip() for _, i in places]
             written = reader.generate(
-                [reader.render(f"{INSTRUCTION}{body}") for body in bodies],
+                [prompts[i] for _, i in places],
                 max_new_tokens=2 * max(reader.count(body) for body in bodies) + 16,
                 temperature=TEMPERATURE,
                 seed=seed + 1000 * attempt + first,

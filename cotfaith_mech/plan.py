@@ -214,7 +214,7 @@ class _Planner:
                 model.tally.rows["requests"] += 1
             else:
                 trunk = Trunk.of(model, chain, kind, labels)
-            return measured_of(self.config, reader, trunk, unit, donors_of(units, number))[0].records
+            return measured_of(self.config, reader, trunk, unit, donors_of(model, units, number))[0].records
         except CotfaithError:
             return []
 

@@ -26,6 +26,7 @@ from .paraphrasers import Paraphrases
 from .patching import PatchPlan, measure_patching
 from .problems import Problem
 from .records import Record, RunDirectory, unit_id
+from .sampling import no_room
 from .variants import BehaviourPlan
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def measure_unit(
         return
     try:
         trunk = open_chain(config, model, unit.chain, unit.problem)
-        measured, failed = measured_of(config, reader, trunk, unit, donors_of(units, number))
+        measured, failed = measured_of(config, reader, trunk, unit, donors_of(model, units, number))
     except EndpointError:
         raise
     except CotfaithError as error:
@@ -115,12 +116,12 @@ def measure_unit(
     run.write_unit(unit.name, measured.records, _meta(reader.name, trunk, measured), left_out)
 
 
-def donors_of(units: Sequence[Unit], number: int) -> list[Chain]:
-    """Chains of the unit's author to other problems, those that follow it first."""
+def donors_of(model: TextReader, units: Sequence[Unit], number: int) -> list[Chain]:
+    """Chains of the unit's author to other problems that `model` can be shown, those that follow it first."""
     own = units[number].chain
     others = (units[i % len(units)].chain for i in range(number + 1, number + len(units)))
     found = (one for one in others if one.author == own.author and one.problem_id != own.problem_id)
-    return list(islice(found, PATCH_DONORS))
+    return list(islice((one for one in found if not no_room(model, one.text, 0)), PATCH_DONORS))
 
 
 def measured_of(

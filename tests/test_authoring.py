@@ -65,11 +65,11 @@ def test_donors_are_chains_of_the_same_author_to_other_problems(run):
     model = load("organism:writer")
     units = units_of(config, config.readers[0], model, problems, run)
     for number, unit in enumerate(units):
-        donors = donors_of(units, number)
+        donors = donors_of(model, units, number)
         assert {donor.author for donor in donors} <= {unit.chain.author}
         assert unit.chain.problem_id not in {donor.problem_id for donor in donors}
     supplied = [number for number, unit in enumerate(units) if unit.chain.author == "supplied"]
-    assert [len(donors_of(units, number)) for number in supplied] == [2, 2, 2]
+    assert [len(donors_of(model, units, number)) for number in supplied] == [2, 2, 2]
 
 
 def test_a_problem_without_its_own_chain_keeps_the_others(tmp_path):

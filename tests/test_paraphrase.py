@@ -202,7 +202,7 @@ def test_supplied_paraphrases_by_hand():
 class Writer:
     """A reader that writes what it is told for each step, the next wording at each further try; keeps what it was shown."""
 
-    info = SimpleNamespace(name="writer")
+    info = SimpleNamespace(name="writer", context=None)
 
     def __init__(self, wordings):
         self.wordings = wordings

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from ..chains import Encoding
 from ..errors import CotfaithError
 from ..model import BackendName, DirectPath, ModelInfo
+from ..problems import HALF_PAIR
 from .hooks import Layout, check_residual_stream
 from .weights import Weights
 
@@ -44,6 +47,8 @@ class TextSide:
         self.tokenizer = weights.tokenizer
         stops = weights.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.stop_tokens = frozenset(stops if isinstance(stops, list) else [stops])
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._special_ids = {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         written = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
         self.digit_tokens = tuple(i for i, token in enumerate(written) if token and token[0] in "0123456789")
         config = weights.model.config.get_text_config()
@@ -68,14 +73,42 @@ class TextSide:
         )
 
     def encode(self, text: str) -> Encoding:
-        """Ids and character offsets of the whole text; no special token is added."""
+        """Ids and character offsets of the whole text; no special token is added.
+
+        Raises CotfaithError where the text is longer than the context, and where it holds other special tokens than
+        the template writes around a question: one that stands in the data would act as special. What the tokenizer
+        does not declare special (`<think>` of reasoning models, which write it in their chains) is text.
+        """
+        if HALF_PAIR.search(text):
+            raise CotfaithError("The text holds half a surrogate pair, which no tokenizer reads; take it out.")
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = tuple(out["input_ids"])
+        special = self._special(text, ids, out["offset_mapping"])
+        if special and [token for token, _ in special] != self._frame:
+            pairs = zip_longest(special, self._frame[: len(special)])
+            strange = next((one for one, own in pairs if one[0] != own), special[-1])
+            raise CotfaithError(
+                f"The text holds {strange[1]!r}, a special token of {self.info.name!r} beside those of its template: "
+                "it would act as one; take it out of question and chain."
+            )
         if len(ids) > self.info.context:
             raise CotfaithError(
                 f"The text has {len(ids)} tokens, but {self.info.name!r} reads at most {self.info.context}; shorten it."
             )
         return Encoding(ids, tuple((int(a), int(b)) for a, b in out["offset_mapping"]))
+
+    def _special(self, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, str]]:
+        """The special tokens of an encoded text, each with how it stands there; an unknown character is none."""
+        unknown = self.tokenizer.unk_token
+        found = [(token, text[a:b]) for token, (a, b) in zip(ids, offsets, strict=True) if token in self._special_ids]
+        return [one for one in found if one[0] != self.tokenizer.unk_token_id or one[1].strip() == unknown]
+
+    @cached_property
+    def _frame(self) -> list[int]:
+        """The special tokens that the template writes around a question."""
+        text = self.render("?")
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [token for token, _ in self._special(text, out["input_ids"], out["offset_mapping"])]
 
     def count(self, text: str) -> int:
         return len(self.encode(text).ids)
