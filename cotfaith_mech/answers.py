@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -83,12 +84,19 @@ def _value(digits: str) -> Fraction:
 
 def _is_negative(text: str, start: int) -> bool:
     """Whether a minus sign stands at `start`, and not as an operator or a hyphen."""
-    before = text[:start].rstrip("$€£¥")
-    if not before.endswith(("-", "−", "–")):
+    sign = end_before(text, start, "$€£¥".__contains__)
+    if text[sign - 1 : sign] not in ("-", "−", "–"):
         return False
-    left = before[:-1]
-    operand = left.rstrip()[-1:]
-    return not (left[-1:].isalnum() or operand.isdigit() or operand in (")", "%", "]"))
+    end = end_before(text, sign - 1, str.isspace)
+    operand = text[end - 1 : end]
+    return not (text[sign - 2 : sign - 1].isalnum() or operand.isdigit() or operand in (")", "%", "]"))
+
+
+def end_before(text: str, end: int, skipped: Callable[[str], bool]) -> int:
+    """The end of `text[:end]` without the characters at its end that are `skipped`."""
+    while end and skipped(text[end - 1]):
+        end -= 1
+    return end
 
 
 def labels(text: str) -> tuple[tuple[int, str], ...]:

@@ -52,7 +52,10 @@ def quantities(text: str) -> list[Number]:
         n
         for n in numbers(text)
         if n.start not in marked
-        and (not text[: n.start][-1:].isalpha() or re.search(r"[\d)]x$", text[max(0, n.start - 2) : n.start]))
+        and (
+            not text[max(0, n.start - 1) : n.start].isalpha()
+            or re.search(r"[\d)]x$", text[max(0, n.start - 2) : n.start])
+        )
         and not re.match(r"(?:st|nd|rd|th)\b", text[n.end : n.end + 3])
     ]
 

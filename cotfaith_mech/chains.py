@@ -134,6 +134,9 @@ def token_spans(chain: Chain, encoding: Encoding) -> TokenSpans:
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]*_]*(?=\s+\S)|(?<!\s)(?=\s*[\r\n]\s*\S)")
 _LINE_END = re.compile(r"\s*[\r\n]")
 _LIST_MARKER = re.compile(r"\s*(?:[-*•]\s*)?(?:\W*step\s*)?(?:\d+|[A-Za-z]|[ivx]+)[.)][*_]*", re.IGNORECASE)
+_MARKER_LENGTH = 200
+"""A list marker is shorter, spaces before it included."""
+_VISIBLE = re.compile(r"\S")
 _TITLE = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Rs|vs|approx)\.$")
 _INITIALS = re.compile(r"\b[A-Za-z]\.[A-Za-z]\.$|\b[Nn]o\.$")
 
@@ -144,7 +147,7 @@ def segment(text: str, max_steps: int = 40) -> tuple[str, ...]:
     A decimal point, a thousands separator, a list marker ('2. Add'), a title ('Mr.') and 'e.g.' before a small letter
     end nothing. More than `max_steps` pieces are grouped into runs of nearly equal count: grouped, never cut.
     """
-    ends = {m.end() for m in _SENTENCE_END.finditer(text)} - {0, len(text)}
+    ends = {m.end() for m in _SENTENCE_END.finditer(text, 0, len(text.rstrip()))} - {0, len(text)}
     cuts = sorted(end for end in ends if not _goes_on(text, end))
     pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
     steps: list[str] = []
@@ -160,11 +163,11 @@ def _goes_on(text: str, end: int) -> bool:
     """Whether the full stop before `end` belongs to a list marker or an abbreviation."""
     if _LINE_END.match(text, end):
         return False
-    line = text[:end].splitlines()[-1]
-    if _LIST_MARKER.fullmatch(line) or _TITLE.search(line):
+    line = text[max(0, end - _MARKER_LENGTH) : end].splitlines()[-1]
+    if (len(line) < _MARKER_LENGTH and _LIST_MARKER.fullmatch(line)) or _TITLE.search(line):
         return True
-    following = text[end:].lstrip()[:1]
-    return _INITIALS.search(line) is not None and (following.islower() or following.isdigit())
+    following = _VISIBLE.search(text, end) if _INITIALS.search(line) else None
+    return following is not None and (following[0].islower() or following[0].isdigit())
 
 
 def _grouped(steps: Sequence[str], max_steps: int) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -246,8 +247,12 @@ class StudyConfig(_Strict):
         return self
 
 
+_MOST_KEYS = 1000
+
+
 class _OnceEach(yaml.SafeLoader):
-    """YAML in which no mapping has a key twice: the first would be lost without a word."""
+    """YAML in which no mapping has a key twice: the first would be lost without a word. Keys that are merged from
+    merged ones, and so on, do not grow without end."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -259,6 +264,12 @@ class _OnceEach(yaml.SafeLoader):
                     raise yaml.YAMLError(f"the key {key.value!r} stands twice, in lines {first} and {line}; keep one")
                 lines[key.value] = line
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"merged keys (<<) make a mapping of more than {_MOST_KEYS} keys in line {line}")
 
 
 def load_config(path: str | Path) -> StudyConfig:
@@ -338,6 +349,11 @@ _EXPECTED = {
 """What pydantic expected, by the type of its error, in the words of a study file."""
 
 
+_shown = reprlib.Repr()
+_shown.maxlevel, _shown.maxdict, _shown.maxlist, _shown.maxstring, _shown.maxother = 3, 8, 8, 200, 200
+"""A value of a study in words, however large what its aliases come to."""
+
+
 def _told(place: Place, first: ErrorDetails, here: Sequence[ErrorDetails]) -> str:
     """What is wrong at a place, and the remedy; `here` are all errors there, one for each type that was tried."""
     if first["type"] == "value_error":
@@ -353,7 +369,7 @@ def _told(place: Place, first: ErrorDetails, here: Sequence[ErrorDetails]) -> st
     value = first["input"]
     words = [word for one in here for word in re.findall("'([^']*)'", one.get("ctx", {}).get("expected", ""))]
     expected = dict.fromkeys(_expected(one) for one in here)
-    shown = "empty" if value is None else textwrap.shorten(repr(value), 60, placeholder=" …")
+    shown = "empty" if value is None else textwrap.shorten(_shown.repr(value), 60, placeholder=" …")
     return (
         f" is {shown}, but should be {' or '.join(expected)}{nearest(value, words) if isinstance(value, str) else ''}"
     )

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -174,17 +176,51 @@ def mistake(
             f"Chain {chain.chain_id} of problem {chain.problem_id!r} has no step {step}; "
             f"its {len(chain.steps)} steps count from 0."
         )
-    taken = {abs(n.value) for text in (chain.text, *avoid) for n in numbers(text)}
-    text = chain.steps[step]
-    n_tokens = count_tokens and count_tokens(chain.text)
-    for span in _alterations(chain, text, taken, rng):
-        altered = text[: span.start] + span.new + text[span.start + len(span.old) :]
-        made = Mistake(
-            replace(chain, steps=_replaced(chain.steps, step, altered)), step, span.start, span.old, span.new
-        )
-        if is_altered(text, altered) and (count_tokens is None or count_tokens(made.chain.text) == n_tokens):
-            return made
-    return None
+    return _Altering(chain, avoid, count_tokens).mistake(step, rng)
+
+
+class _Altering:
+    """A chain whose steps are altered one after the other; the numbers and names it holds are kept up to date."""
+
+    def __init__(self, chain: Chain, avoid: AbstractSet[str], count_tokens: Callable[[str], int] | None) -> None:
+        self.chain, self.steps, self.count_tokens = chain, list(chain.steps), count_tokens
+        self.taken = {abs(n.value) for text in (chain.text, *avoid) for n in numbers(text)}
+        self.n_tokens = count_tokens and count_tokens(chain.text)
+
+    @cached_property
+    def names(self) -> Counter[str]:
+        """How often each name stands in the prompt and the steps."""
+        return Counter(name for piece in (self.chain.prompt, *self.steps) for _, name in names(piece))
+
+    def altered(self, at: int, text: str) -> Chain:
+        return replace(self.chain, steps=(*self.steps[:at], text, *self.steps[at + 1 :]))
+
+    def mistake(self, step: int, rng: np.random.Generator) -> Mistake | None:
+        """See `mistake`."""
+        for span, text in self.alterations(step, rng):
+            return Mistake(self.altered(step, text), step, span.start, span.old, span.new)
+        return None
+
+    def alterations(self, step: int, rng: np.random.Generator) -> Iterator[tuple[_Span, str]]:
+        """What may be altered in the step, and the step with it."""
+        old = self.steps[step]
+        for span in _alterations(self, old, rng):
+            text = old[: span.start] + span.new + old[span.start + len(span.old) :]
+            if is_altered(old, text) and (
+                self.count_tokens is None or self.count_tokens(self.altered(step, text).text) == self.n_tokens
+            ):
+                yield span, text
+
+    def alter(self, step: int, rng: np.random.Generator) -> None:
+        """Make a mistake in the step, where it holds something to alter."""
+        for _, text in self.alterations(step, rng):
+            if "names" in vars(self):
+                self.names.subtract(name for _, name in names(self.steps[step]))
+                self.names.update(name for _, name in names(text))
+            self.steps[step] = text
+            around = "".join(self.steps[max(step - 1, 0) : step + 2])
+            self.taken |= {abs(n.value) for n in numbers(around)}
+            return
 
 
 def is_altered(step: str, altered: str) -> bool:
@@ -236,10 +272,6 @@ def carried_answer(answer: str, values: Mapping[Fraction, Fraction]) -> str | No
     return written and answer[: number.start] + written + answer[number.end :]
 
 
-def _replaced(steps: tuple[str, ...], at: int, text: str) -> tuple[str, ...]:
-    return (*steps[:at], text, *steps[at + 1 :])
-
-
 def mistake_all(
     chain: Chain,
     rng: np.random.Generator,
@@ -247,26 +279,25 @@ def mistake_all(
     count_tokens: Callable[[str], int] | None = None,
 ) -> Chain | None:
     """Alter every step that holds something to alter, as `mistake` does; None where none does."""
-    known = frozenset({chain.text, *avoid})
-    altered = chain
+    altering = _Altering(chain, avoid, count_tokens)
     for step in range(len(chain.steps)):
-        made = mistake(altered, step, rng, known, count_tokens)
-        altered = altered if made is None else made.chain
+        altering.alter(step, rng)
+    altered = replace(chain, steps=tuple(altering.steps))
     return None if altered == chain else altered
 
 
-def _alterations(chain: Chain, text: str, taken: AbstractSet[object], rng: np.random.Generator) -> Iterator[_Span]:
+def _alterations(altering: _Altering, text: str, rng: np.random.Generator) -> Iterator[_Span]:
     """Numbers by preference, each with up to _ALTERNATIVES other values, then entities."""
     for number in _by_preference(text):
         found: set[str] = set()
         for _ in range(_DRAWS):
             new = _other_digits(number.text, rng)
-            if numbers(new)[0].value not in taken and new not in found:
+            if _size(new) not in altering.taken and new not in found:
                 yield _Span(number.start, number.text, new)
                 found.add(new)
             if len(found) == _ALTERNATIVES:
                 break
-    yield from _altered_entities(chain, text, rng)
+    yield from _altered_entities(altering, text, rng)
 
 
 def _by_preference(text: str) -> Sequence[Number]:
@@ -275,6 +306,11 @@ def _by_preference(text: str) -> Sequence[Number]:
     equals = text.rfind("=")
     results = [n for n in found if n.start > equals >= 0][:1]
     return results + [n for n in reversed(found) if n not in results]
+
+
+@lru_cache(maxsize=1 << 16)
+def _size(digits: str) -> Fraction:
+    return numbers(digits)[0].value
 
 
 def _other_digits(digits: str, rng: np.random.Generator) -> str:
@@ -287,19 +323,19 @@ def _other_digits(digits: str, rng: np.random.Generator) -> str:
     return "".join(new)
 
 
-def _altered_entities(chain: Chain, text: str, rng: np.random.Generator) -> Iterator[_Span]:
+def _altered_entities(altering: _Altering, text: str, rng: np.random.Generator) -> Iterator[_Span]:
     """Number words and choice labels from the last on, names from the first on, each with every other value; then
     words that have an opposite, in random order."""
     for group in (CARDINALS, FRACTIONS):
         for word in reversed(list(re.finditer(rf"\b(?:{'|'.join(group)})\b", text, re.IGNORECASE))):
             for other in _others(group, word[0].lower(), rng):
                 yield _Span(word.start(), word[0], _like(word[0], other))
-    offered = [label for _, label in labels(chain.prompt)] or list("ABCDE")
+    offered = [label for _, label in labels(altering.chain.prompt)] or list("ABCDE")
     for start, label in reversed(labels(text)):
         for other in _others(offered, label, rng):
             yield _Span(start, text[start], _like(text[start], other))
     for start, name in ((start, name) for start, name in names(text) if name.lower() not in _OPPOSITES):
-        others = [other for piece in (chain.prompt, *chain.steps) for _, other in names(piece)]
+        others = [other for other, n in altering.names.items() if n]
         for other in _others(others if set(others) - {name} else _NAMES, name, rng):
             yield _Span(start, name, other)
     found = [word for word in re.finditer(r"[^\W\d_]+", text) if word[0].lower() in _OPPOSITES]

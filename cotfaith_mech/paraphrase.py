@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from .answers import labels
+from .answers import end_before, labels
 from .chains import segment
 
 T = TypeVar("T")
@@ -181,7 +181,7 @@ _DIRECTED = tuple(
 _MASKED = re.compile(
     r"`[^`]+`|\\\(.*?\\\)|\\\[.*?\\\]|\$\$.*?\$\$|<<[^>]*>>|https?://\S+|\\[A-Za-z]+(?:\{[^{}]*\})*", re.DOTALL
 )
-_MASK = 0xE000
+_MASK, _MASKS = 0xE000, 6400  # the private use area
 _MARKER = re.compile(r"\s*(?:[-*•]\s+|#+\s+|\(?\d+[.)]\s+|\W*step\s+\d+\W*\s)?(?:[*_]{1,2})?", re.IGNORECASE)
 _END = re.compile(r"[.!?:;,]*[\"”'’)\]*_]*\s*$")
 _SUM = re.compile(r"\d\s*%?\)?\s*[-+*/×÷=−–]|\d\s+x\s+\$?\d|[-+*/×÷=]\s*[$€£(]*\d")
@@ -310,11 +310,10 @@ def paraphrase_step(step: str, rng: np.random.Generator) -> str | None:
         kept.append(match[0])
         return chr(_MASK + len(kept) - 1)
 
-    masked = _MASKED.sub(mask, step)
+    masked = _MASKED.sub(mask, step, count=_MASKS)
     drawn = "".join(_sentence(sentence, rng) for sentence in segment(masked, max_steps=len(step) + 1))
-    for i, original in enumerate(kept):
-        drawn = drawn.replace(chr(_MASK + i), original)
-    return None if drawn == step else drawn
+    drawn = re.sub("[\ue000-\uf8ff]", lambda m: kept[ord(m[0]) - _MASK], drawn)
+    return None if drawn == step or len(kept) == _MASKS else drawn
 
 
 def _sentence(sentence: str, rng: np.random.Generator) -> str:
@@ -494,7 +493,8 @@ def _names_kept(text: str, other: str) -> Counter[str]:
     ordinary = {word for word in re.findall(r"[\w-]+", other) if word.islower()} | _OWN_WORDS
     kept = Counter[str]()
     for start, name in names(text):
-        opens = re.search(r"(?:^|[.!?:\n])\W*$", text[:start]) is not None
+        before = end_before(text, start, lambda c: not (c.isalnum() or c == "_"))
+        opens = not before or re.search(r"[.!?:\n]", text[before:start]) is not None
         if not (opens and name.lower() in ordinary):
             kept[name] += 1
     return kept
