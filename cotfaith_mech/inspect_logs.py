@@ -13,13 +13,16 @@ import zlib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 from .errors import CotfaithError
 from .formats import Entry, Row
 from .problems import LABELS
 
 _ANSWER_LINE = re.compile(r"^[\W_]*(?:final\s+)?answer\W*:.*|^[\W_]*#### .*", re.IGNORECASE | re.MULTILINE)
+
+MOST_BYTES = 2 * 2**30
+"""Of a log, unpacked."""
 
 UNREADABLE = (
     ValueError,
@@ -49,6 +52,7 @@ def read_log(path: Path) -> list[Entry]:
             f"{path} is a log of Inspect, and inspect-ai is not installed; "
             "install the extra: pip install 'cotfaith-mech[inspect]'."
         ) from error
+    _check_size(path)
     try:
         log = library.read_eval_log(str(path), resolve_attachments=True)
     except UNREADABLE as error:
@@ -60,6 +64,20 @@ def read_log(path: Path) -> list[Entry]:
         why = entries[0].fault if entries else "it holds no sample"
         raise CotfaithError(f"No sample of {path} can be used: {why}; give a log with answered samples.")
     return entries
+
+
+def _check_size(path: Path) -> None:
+    """Raises CotfaithError where the log would unpack to more than MOST_BYTES, by what its table of contents says."""
+    try:
+        with ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except UNREADABLE:
+        return
+    if unpacked > MOST_BYTES:
+        raise CotfaithError(
+            f"{path} holds {path.stat().st_size} bytes that unpack to {unpacked}, and at most {MOST_BYTES} are "
+            "unpacked; give a log with fewer samples."
+        )
 
 
 def log_entries(log: Any) -> list[Entry]:

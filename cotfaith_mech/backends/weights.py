@@ -14,7 +14,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,18 @@ def load_weights(
             f"{name!r} holds no .safetensors file; only safetensors are loaded (pickle files can run code): "
             "convert it with save_pretrained(..., safe_serialization=True)."
         )
-    config = transformers.AutoConfig.from_pretrained(folder, **options)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch_dtype,
-        use_safetensors=True,
-        attn_implementation=attention_of(config),
-        **({"device_map": None} if device != "auto" else spreading()),
-        **options,
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    with _told_of(name):
+        _check_shards(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            use_safetensors=True,
+            attn_implementation=attention_of(config),
+            **({"device_map": None} if device != "auto" else spreading()),
+            **options,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     if adapter is not None:
         if is_sharded(model):
             raise CotfaithError(
@@ -104,6 +107,29 @@ def is_sharded(model: Any) -> bool:
 def attention_of(config: Any) -> str:
     """The attention implementation that a model is run with."""
     return "eager" if config.model_type == "gemma2" else "sdpa"
+
+
+@contextmanager
+def _told_of(name: str, *let_by: type[Exception]) -> Iterator[None]:
+    """One sentence in place of what the libraries raise on a folder that is spoilt, or wants to run code of its own."""
+    try:
+        yield
+    except (CotfaithError, MemoryError, torch.OutOfMemoryError, *let_by):
+        raise
+    except Exception as error:
+        raise CotfaithError(
+            f"{name!r} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            "give a folder as save_pretrained writes it, of an architecture that transformers knows."
+        ) from error
+
+
+def _check_shards(folder: Path) -> None:
+    """Raises CotfaithError where the index of the weights names files that are not the folder's own."""
+    index = folder / "model.safetensors.index.json"
+    named = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.exists() else ()
+    for file in named:
+        if Path(file).name != file:
+            raise CotfaithError(f"{index} names weights outside its folder, {file!r}; give a folder that is whole.")
 
 
 def locate(name: str) -> Path:
@@ -202,14 +228,15 @@ def _merge_adapter(model: Any, name: str, adapter: str) -> Any:
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         raise CotfaithError(f"{adapter!r} holds no adapter_model.safetensors; only safetensors are loaded.")
-    made_for = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or "?"
+    with _told_of(adapter):
+        made_for = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path", "?")
+        with safe_open(file, "pt") as tensors:
+            found = set(tensors.keys())
     misfit = f"Adapter {adapter!r} was made for {made_for!r} and does not fit {name!r}; load it on its own base"
-    with safe_open(file, "pt") as tensors:
-        found = set(tensors.keys())
     if any(part in key for key in found for part in ("lm_head", "embed_tokens")):
         _untie(model)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _told_of(adapter, RuntimeError, ValueError):
             warnings.simplefilter("ignore")
             tuned = peft.PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError) as error:
