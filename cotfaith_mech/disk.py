@@ -6,10 +6,12 @@ What is written goes to a temporary name in the same folder, is flushed to the d
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import math
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import CotfaithError
+
+MOST_BYTES = 2**30
+"""Of a compressed file, unpacked."""
 
 
 def plain(value: Any) -> Any:
@@ -38,6 +43,7 @@ def plain(value: Any) -> Any:
 
 
 def make_folder(folder: Path) -> None:
+    """The folder and those above it, where they are missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -45,6 +51,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file that takes the place of `path` in one move, also where that is a symbolic link."""
     make_folder(path.parent)
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -122,3 +129,15 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         raise
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise CotfaithError(f"{path} is not a whole parquet file ({error}); delete it and run again.") from error
+
+
+def read_gzip(path: Path) -> bytes:
+    """What the file unpacks to; CotfaithError where that is more than MOST_BYTES, or it is no whole gzip file."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise CotfaithError(f"{path} is not a whole gzip file ({error}); copy it again.") from error
+    if len(content) > MOST_BYTES:
+        raise CotfaithError(f"{path} unpacks to more than {MOST_BYTES} bytes; give a kept run as it was written.")
+    return content

@@ -7,9 +7,11 @@ in every map. Text of models and data is never read as mathtext.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
+from .disk import write_atomically
+
 READER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 READER_MARKERS = ("o", "s", "^", "D", "v", "P")
 PAPER_WIDTH = 7.0  # inches: two columns
+MOST_BYTES = 180
+"""Of a figure's file name, without what tells it apart and the ending; file systems take 255."""
 
 STYLE: Any = {
     "figure.dpi": 200,
@@ -112,3 +118,21 @@ def label_ticks(axis: Axes, which: str, labels: list[Any], most: int = 12) -> No
     every = max(1, -(-len(labels) // most))
     at = range(0, len(labels), every)
     axis.set(**{f"{which}ticks": [i + 0.5 for i in at], f"{which}ticklabels": [str(labels[i]) for i in at]})
+
+
+def file_name(name: str) -> str:
+    """`name` as the stem of a file: letters, digits, - and _ alone; a long one is cut, and told apart by its hash."""
+    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    if len(stem.encode()) <= MOST_BYTES:
+        return stem
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{stem.encode()[:MOST_BYTES].decode(errors='ignore')}_{digest}"
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Write the figure beside `stem` as PNG and as PDF, each in one move; the two paths."""
+    png, pdf = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
+    write_atomically(png, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+    figure.set_layout_engine("none")
+    write_atomically(pdf, lambda file: figure.savefig(file, format="pdf", metadata={"CreationDate": None}))
+    return [png, pdf]

@@ -12,7 +12,6 @@ A picture is drawn only where its records exist.
 
 from __future__ import annotations
 
-import hashlib
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +33,10 @@ from .figure_style import (
     draw_map,
     draw_scale,
     drawable,
+    file_name,
     label_ticks,
     marker_of,
+    save_figure,
     title_panels,
 )
 from .markup import limit_of
@@ -48,8 +49,6 @@ CURVE_LABELS = {"early_termination": "Early termination", "filler": "Filler", "p
 CURVE_Y = "answers unchanged (share)"
 ROLE_COLOURS = {"true step": "#333333", "all steps": "#333333", "other steps": "#8C8C8C", "random": "#D9D9D9"}
 MAX_CHAIN_MAPS = 3
-LONGEST_STEM = 60
-"""Characters of a file name, of up to four bytes each: file systems end at 255 bytes."""
 MAX_NAMED = 4
 """Ringed points of a panel of the bridge that are named."""
 NAME_ROW = 0.055
@@ -59,8 +58,13 @@ COVER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 def draw_figures(run: RunDirectory) -> list[Path]:
     """Write every figure the run has records for, as PNG and PDF; returns the paths in the order drawn."""
     records, chains = run.read_records(), run.read_chains()
+    drawn: dict[str, list[Path]] = {}
     with matplotlib.rc_context(STYLE):
-        return [path for name, figure in _figures(run, records, chains) for path in _save(run, name, figure)]
+        for name, figure in _figures(run, records, chains):
+            stem = file_name(name)
+            stem = stem if stem not in drawn else f"{stem}_{len(drawn)}"
+            drawn[stem] = save_figure(figure, run.figures / stem)
+    return [path for paths in drawn.values() for path in paths]
 
 
 def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) -> Iterator[tuple[str, Figure]]:
@@ -105,22 +109,6 @@ def _figures(run: RunDirectory, records: Table, chains: list[dict[str, Any]]) ->
         yield "cross_model", cross_model_figure(layers, named)
     if len(heads := views.attribution(records, chains)):
         yield "attribution", attribution_figure(heads, readers)
-
-
-def file_stem(name: str) -> str:
-    """What the files of the figure `name` are called: no folder of its own; a long name is cut and told by a hash."""
-    safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-    told = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
-    return safe if len(safe) <= LONGEST_STEM else f"{safe[:LONGEST_STEM]}_{told}"
-
-
-def _save(run: RunDirectory, name: str, figure: Figure) -> list[Path]:
-    stem = run.figures / file_stem(name)
-    png, pdf = stem.with_suffix(".png"), stem.with_suffix(".pdf")
-    figure.savefig(png, metadata={"Software": None})
-    figure.set_layout_engine("none")
-    figure.savefig(pdf, metadata={"CreationDate": None})
-    return [png, pdf]
 
 
 def _chains_to_draw(measured: Any, chains: list[dict[str, Any]], apart: Table) -> list[dict[str, Any]]:

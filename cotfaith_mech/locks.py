@@ -54,7 +54,10 @@ def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[No
 
 
 def _opened(path: Path) -> IO[str]:
+    """The file, made where it is missing; a symbolic link is refused: what it leads to would be emptied."""
     try:
-        return path.open("a+")
+        return open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
     except OSError as error:
+        if path.is_symlink():
+            raise CotfaithError(f"{path} is a symbolic link, and a lock is a file of its own; delete it.") from error
         raise CotfaithError(f"Cannot write {path} ({error.strerror}); choose a folder you may write.") from error

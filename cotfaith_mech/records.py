@@ -27,6 +27,7 @@ from .disk import (
     make_folder,
     plain,
     read_carried,
+    read_gzip,
     read_jsonl,
     read_parquet,
     write_atomically,
@@ -270,7 +271,11 @@ class RunDirectory:
     def _metas(self) -> list[dict[str, Any]]:
         kept = self.path / "records" / _KEPT_META
         if kept.is_file():
-            return json.loads(gzip.decompress(kept.read_bytes()))
+            content = read_gzip(kept)
+            try:
+                return json.loads(content)
+            except (ValueError, RecursionError) as error:
+                raise CotfaithError(f"{kept} is not whole ({error}); copy the kept run again.") from error
         return [read_carried(path, _META_KEY) for path in self._units()]
 
     def compacted(self, path: str | Path, without: Sequence[str] = ()) -> RunDirectory:
@@ -349,10 +354,15 @@ class RunDirectory:
 
         What killed processes left half written is deleted. Raises CotfaithError where another process is writing.
         """
+        folders = (self.path, self.path / "records", self.path / "figures")
+        if linked := next((folder for folder in folders[1:] if folder.is_symlink()), None):
+            raise CotfaithError(
+                f"{linked} is a symbolic link, and a run writes to its own folders; put a folder there."
+            )
         with ExitStack() as stack:
             stack.enter_context(lock(self.path / PREFIX, shared=shard is not None))
             if shard is None:
-                for folder in (self.path, self.path / "records", self.path / "figures"):
+                for folder in folders:
                     for half_written in folder.glob(".*.tmp"):
                         half_written.unlink()
             else:

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cotfaith_mech import figures, views
+from cotfaith_mech import figure_style, figures, views
 from cotfaith_mech.bridge import DISAGREEMENT
 from cotfaith_mech.chain_figures import heads_figure, tokens_figure
 from cotfaith_mech.merge import Merged
@@ -211,10 +211,10 @@ def test_names_in_the_forest_are_drawn_without_what_the_font_lacks(tmp_path: Pat
 
 
 def test_a_long_name_of_a_figure_is_cut_and_told_apart() -> None:
-    stems = {figures.file_stem("漢" * 300 + end) for end in "ab"}
+    stems = {figure_style.file_name("漢" * 300 + end) for end in "ab"}
     assert len(stems) == 2
     assert all(len(f"{stem}.png".encode()) < 255 for stem in stems)
-    assert figures.file_stem("../x/y.z") == "___x_y_z"
+    assert figure_style.file_name("../x/y.z") == "___x_y_z"
 
 
 def test_a_run_without_mechanism_draws_only_what_it_has(tmp_path: Path) -> None:

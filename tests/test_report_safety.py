@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from cotfaith_mech import views
 from cotfaith_mech.chains import Chain
-from cotfaith_mech.figures import file_stem
+from cotfaith_mech.figure_style import file_name
 from cotfaith_mech.notebook import ChainView, Heatmap
 from cotfaith_mech.records import Record, RunDirectory
 from cotfaith_mech.report import build_merged, build_report
@@ -129,7 +129,7 @@ def write_run(path: Path, words: Words, texts: str) -> RunDirectory:
         | {"verdicts": [verdict], "paraphrases": paraphrases, "versions": {words("a package"): words("a version")}}
         | {"checks": [*manifest["checks"], failed]}
     )
-    for stem in ("curves", file_stem(f"patching_{words('noise')}")):
+    for stem in ("curves", file_name(f"patching_{words('noise')}")):
         (run.figures / f"{stem}.pdf").write_bytes(b"%PDF of " + stem.encode())
     return run
 
@@ -254,7 +254,7 @@ def test_what_a_person_saves_and_clicks_of_hostile_texts_is_inert(
     assert [cell for cell in cells if re.match(r"[=+@-]", cell) and not re.fullmatch(r"[+-][\d.e-]+", cell)] == []
     assert any(cell.startswith("-0.") for cell in cells)
     paper = saved(page, page.locator("#patching figure:nth-child(1) .save button", has_text="PDF").last, tmp_path)
-    assert paper.read_bytes() == b"%PDF of " + file_stem(f"patching_{hostile_words('noise')}").encode()
+    assert paper.read_bytes() == b"%PDF of " + file_name(f"patching_{hostile_words('noise')}").encode()
     page.evaluate(
         "() => { const chart = document.querySelector('#bridge .chart'), data = chart.data[1]; "
         "chart.emit('plotly_click', { points: [{ data, customdata: data.customdata[0] }] }); }"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -29,7 +28,8 @@ from markupsafe import Markup
 from .. import views
 from ..certificate import doubts, in_words, shipped
 from ..compare import BOTH_CORRECT, CORRECT_WITHOUT_CHAIN, UNDECIDED, holm_p
-from ..figures import file_stem
+from ..disk import write_atomically
+from ..figure_style import file_name
 from ..metrics import CELLS
 from ..outcomes import Table
 from ..records import RunDirectory
@@ -61,10 +61,7 @@ def build_report(run: RunDirectory) -> Path:
 
 def write_page(page: str, path: Path) -> Path:
     """Write `page` in one move; gives its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(".report.html.tmp")
-    temporary.write_bytes(page.encode("utf-8", "replace"))
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: file.write(page.encode("utf-8", "replace")))
     return path
 
 
@@ -339,7 +336,7 @@ def _numbered(sections: dict[str, Any], author: str) -> list[dict[str, Any]]:
         for key, group in groups.items():
             for chart in group["charts"] if isinstance(group, dict) else group:
                 chart["id"] = f"{name}-{len(found)}"
-                chart["pdf"] = file_stem(f"patching_{key}" if name == "patching" else PDF_OF.get(name, name))
+                chart["pdf"] = file_name(f"patching_{key}" if name == "patching" else PDF_OF.get(name, name))
                 if name == "curves" and key != author:
                     chart["pdf"] = ""
                 found.append(chart)

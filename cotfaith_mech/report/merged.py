@@ -12,7 +12,7 @@ import numpy as np
 
 from ..certificate import in_words, shipped
 from ..compare import UNDECIDED, conclusions, holm_p, moved
-from ..figure_style import STYLE
+from ..figure_style import STYLE, save_figure
 from ..merge import ENOUGH_SEEDS, Merged, endpoint, group_of, labels_of, merged
 from ..merged_figures import DIFFERENCE, LEVEL, seeds_figure
 from ..privacy import from_home
@@ -118,10 +118,6 @@ def _run_row(run: RunDirectory) -> dict[str, Any]:
 
 def _draw_forest(primary: Sequence[Merged], out: Path, label: str) -> Path:
     """The forest of the primary outcomes as a paper figure, PNG and PDF; the path of the PDF."""
-    out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = seeds_figure(primary, list(dict.fromkeys(row.group for row in primary)), label)
-        figure.savefig(out / "forest.png", metadata={"Software": None})
-        figure.set_layout_engine("none")
-        figure.savefig(out / "forest.pdf", metadata={"CreationDate": None})
-    return out / "forest.pdf"
+        return save_figure(figure, out / "forest")[-1]
