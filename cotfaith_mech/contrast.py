@@ -71,7 +71,7 @@ class AnswerContrast:
 
         def reduce(logits: Float[Tensor, "cell read vocab"]) -> Float[Tensor, "cell 7"]:
             edited, kept = logits[:, self.index].log_softmax(-1), own.to(logits.device)
-            divergence = torch.where(kept.exp() > 0, kept.exp() * (kept - edited), 0).sum(-1)
+            divergence = torch.where(kept.exp() == 0, 0, kept.exp() * (kept - edited)).sum(-1)
             return torch.cat([self.reduce(logits), divergence[:, None]], 1)
 
         return reduce
