@@ -227,7 +227,7 @@ class Endpoint:
                 reply = read_reply(self._body(client, request, **options))
                 return replace(reply, text=self._hidden(reply.text, SHORTEST_SECRET))
             except NoReplyError as amiss:
-                told = self._hidden(str(amiss))
+                told = self._hidden(str(amiss))[:300]
             if tried < self.max_retries:
                 time.sleep(min(first * 2**tried, longest))
         raise EndpointError(

@@ -15,7 +15,7 @@ import numpy as np
 from .chains import Chain
 from .conclude import Progress, silent
 from .config import ReaderConfig, StudyConfig
-from .errors import CotfaithError
+from .errors import CotfaithError, EndpointError
 from .problems import Problem
 from .records import RunDirectory, unit_id
 from .units import exclusions_of, measure_unit, open_chain, undefined_in, units_of
@@ -96,6 +96,8 @@ class ReaderJob:
             unit = self.units[number]
             try:
                 trunk = open_chain(self.config, self.model, unit.chain, unit.problem)
+            except EndpointError:
+                raise
             except CotfaithError:
                 continue
             assert isinstance(trunk, Trunk)
@@ -138,6 +140,8 @@ class PairJob:
         layers = self.config.cross_model is True
         try:
             measured = measure_cross_model(self.pair, self.by_id[chain.problem_id], chain, reader, layers=layers)
+        except EndpointError:
+            raise
         except CotfaithError as error:
             reasons = [f"cross-model patching: {error}"]
             self.run.leave_out_unit(name, exclusions_of(chain, reader, "measure", reasons))

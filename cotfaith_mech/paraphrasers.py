@@ -73,7 +73,7 @@ def supplied(steps: Sequence[str], draws: Sequence[Sequence[str | None]]) -> Par
 
 def by_model(reader: TextReader, steps: Sequence[str], n_draws: int, seed: int) -> Paraphrases:
     """Wordings sampled from `reader`, each of up to TRIES; it sees one step at a time."""
-    from .sampling import no_room
+    from .sampling import generate_each, no_room
 
     found: dict[tuple[int, int], str] = {}
     reasons = Counter[str]()
@@ -86,13 +86,13 @@ def by_model(reader: TextReader, steps: Sequence[str], n_draws: int, seed: int) 
         for first in range(0, len(open_), BATCH):
             places = open_[first : first + BATCH]
             bodies = [steps[i].strip() for _, i in places]
-            written = reader.generate(
-                [prompts[i] for _, i in places],
-                max_new_tokens=2 * max(reader.count(body) for body in bodies) + 16,
-                temperature=TEMPERATURE,
-                seed=seed + 1000 * attempt + first,
-            )
+            n_tokens = 2 * max(reader.count(body) for body in bodies) + 16
+            asked = [prompts[i] for _, i in places]
+            written = generate_each(reader, asked, n_tokens, TEMPERATURE, seed + 1000 * attempt + first)
             for (d, i), text in zip(places, written, strict=True):
+                if isinstance(text, CotfaithError):
+                    reasons[str(text)] += 1
+                    continue
                 placed = steps[i].replace(steps[i].strip(), _cleaned(text), 1)
                 fault = validate(steps[i], placed)
                 if fault is None:

@@ -37,7 +37,7 @@ from torch import Tensor
 from . import edits
 from .chains import Chain, TokenSpans, token_spans
 from .contrast import AnswerContrast
-from .errors import CotfaithError, check_words
+from .errors import CotfaithError, EndpointError, check_words
 from .interop import CacheSource, NamedActivations
 from .measured import Measured
 from .model import CachedRun
@@ -126,6 +126,8 @@ def measure_patching(
         raise CotfaithError(f"Layers {absent} do not exist: {trunk.model.info.name!r} has 0 to {n_layers - 1}.")
     try:
         contrast = AnswerContrast.named(trunk, problem.twin_answer)
+    except EndpointError:
+        raise
     except CotfaithError as error:
         measured.exclusions.append(f"patching: {error}")
         return measured

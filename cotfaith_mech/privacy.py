@@ -36,6 +36,16 @@ def shared(value: Any) -> Any:
     return [shared(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def at_home(value: Any) -> Any:
+    """A JSON-like value with the user's home folder in place of a `~` that begins a text: for processes of another
+    home."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~/") else value
+    if isinstance(value, Mapping):
+        return {key: at_home(item) for key, item in value.items()}
+    return [at_home(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def holds_secret(address: str) -> bool:
     """Whether a web address has a user, a password, or what looks like a key in its query."""
     return "@" in address or bool(_SECRET_NAME.search(address))

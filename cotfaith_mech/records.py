@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .disk import (
@@ -282,13 +281,16 @@ class RunDirectory:
         """A copy in `path`, all records in one file, a tenth of the size: to keep, draw and conclude from again, not
         to resume. Measures `without` are left out, which the manifest says; so are figures and report, made from it."""
         path = Path(path)
+        if path.resolve() == self.path.resolve():
+            raise CotfaithError(f"{path} is the run itself; choose another folder for the copy.")
         options: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "use_byte_stream_split": ["value"]}
         options["use_dictionary"] = [name for name in COLUMNS if name != "value"]
 
         def write(file: BinaryIO) -> None:
             with pq.ParquetWriter(file, SCHEMA, **options) as writer:
                 for table in self._tables():
-                    writer.write_table(table.filter(~pc.field("measure").isin(pa.array(without, pa.string()))))
+                    kept = [measure not in without for measure in table["measure"].to_pylist()]
+                    writer.write_table(table.filter(pa.array(kept, pa.bool_())) if without else table)
 
         write_atomically(path / "records" / "all.parquet", write)
         metas = gzip.compress(json.dumps(self._metas(), allow_nan=False).encode(), 9, mtime=0)

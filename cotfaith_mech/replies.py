@@ -45,7 +45,7 @@ def read_reply(body: str) -> Reply:
         case {"choices": [{"message": {**message}, **choice}, *_]}:
             pass
         case {"error": error} if error:
-            raise NoReplyError(f"it tells of an error: {json.dumps(error)[:200]}")
+            raise NoReplyError(f"it tells of an error: {json.dumps(error)}")
         case _:
             raise NoReplyError("it holds no message")
     text = _text(message.get("content")).encode("utf-8", "replace").decode()

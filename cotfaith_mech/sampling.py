@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 
 from .chains import Chain, segment
-from .errors import CotfaithError
+from .errors import CotfaithError, EndpointError
 from .model import TextReader
 from .problems import Problem
 
@@ -62,23 +62,36 @@ def write_chains(
         prompts = {problem.problem_id: model.render(problem.question) for problem in batch}
         refused = {name: no_room(model, prompt, max_new_tokens) for name, prompt in prompts.items()}
         fitting = [name for name, reason in refused.items() if not reason]
-        texts = model.generate(
-            [prompts[name] for name in fitting],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed + first,
-        )
+        texts = generate_each(model, [prompts[name] for name in fitting], max_new_tokens, temperature, seed + first)
         written = dict(zip(fitting, texts, strict=True))
         for problem in batch:
             name = problem.problem_id
             if name in done:
                 continue
-            if refused[name]:
-                yield problem, None, refused[name]
+            text = written.get(name, CotfaithError(refused[name]))
+            if isinstance(text, CotfaithError):
+                yield problem, None, str(text)
                 continue
-            steps = _steps(written[name], problem.cue, max_steps)
+            steps = _steps(text, problem.cue, max_steps)
             chain = Chain(name, author, prompts[name], steps, problem.cue) if steps else None
-            yield problem, chain, "" if steps else f"{author!r} wrote no reasoning step, but {written[name][:80]!r}"
+            yield problem, chain, "" if steps else f"{author!r} wrote no reasoning step, but {text[:80]!r}"
+
+
+def generate_each(
+    model: TextReader, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int
+) -> list[str | CotfaithError]:
+    """What `model` writes after each prompt, or why it refuses that one: a batch with a refusal is asked one by one.
+
+    Raises EndpointError, which concerns them all."""
+    try:
+        return [*model.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)]
+    except EndpointError:
+        raise
+    except CotfaithError as error:
+        if len(prompts) == 1:
+            return [error]
+    each = (generate_each(model, [prompt], max_new_tokens, temperature, seed + i) for i, prompt in enumerate(prompts))
+    return [one for (one,) in each]
 
 
 def _steps(written: str, cue: str, max_steps: int) -> tuple[str, ...]:

@@ -20,10 +20,15 @@ from .conclude import Progress, conclude, silent
 from .config import ReaderConfig, StudyConfig, parse_config
 from .errors import CotfaithError
 from .jobs import Job, PairJob, ReaderJob, info_of, load, pairs_of, pin
+from .privacy import at_home
 from .records import RunDirectory
 from .study import begin, leave_out_pair, note_reader, problems_of, write_chains_of, write_manifest
 
 MOST_DEATHS = 3
+
+
+class DeathsError(CotfaithError):
+    """Workers die again and again, of which a later run may know nothing."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,14 @@ def measure_on_ray(config: StudyConfig, out: str | Path, crew: Crew, progress: P
     run = RunDirectory.create(out, plain)
     with run.writing(), _Cluster(crew) as cluster:
         problems, manifest = begin(config, run)
-        hands = (plain, str(run.path.resolve()))
+        hands = (at_home(plain), str(run.path.resolve()))
         writer = cluster.start(*hands)
         cluster.ask(writer.write_chains.remote())
         cluster.end(writer)
         for reader in config.readers:
             started, n_units = time.perf_counter(), run.n_units()
             with cluster.gang(hands, reader, pair=False) as gang:
+                gang.meet()
                 gang.measure(run, progress, f"reader {reader.name}")
                 info, rows = gang.check()
             note_reader(manifest, run, reader.name, info, rows, time.perf_counter() - started, run.n_units() > n_units)
@@ -109,11 +115,15 @@ def measure_on_ray(config: StudyConfig, out: str | Path, crew: Crew, progress: P
             names = PairJob(config, reader, problems, run).names
             if all(map(run.has_unit, names)):
                 continue
-            try:
-                with cluster.gang(hands, reader, pair=True) as gang:
-                    gang.measure(run, progress, f"{config.readers[0].name} x {reader.name}")
-            except CotfaithError as error:
-                leave_out_pair(run, reader, error)
+            with cluster.gang(hands, reader, pair=True) as gang:
+                try:
+                    gang.meet()
+                except DeathsError:
+                    raise
+                except CotfaithError as error:
+                    leave_out_pair(run, reader, error)
+                    continue
+                gang.measure(run, progress, f"{config.readers[0].name} x {reader.name}")
     return run
 
 
@@ -185,6 +195,8 @@ class _Gang:
         self.idle: list[Any] = []
         self.todo: deque[int] = deque()
         self.deaths: Counter[int | None] = Counter()
+        """Of workers at each unit, and (None) of those that were loading since one of them last got through."""
+        self.names: Sequence[str] = ()
 
     def __enter__(self) -> _Gang:
         return self
@@ -195,37 +207,36 @@ class _Gang:
 
     def measure(self, run: RunDirectory, progress: Progress, label: str) -> None:
         """Do every unit that is not on disk."""
-        names = self._names()
-        self.todo.extend(number for number, name in enumerate(names) if not run.has_unit(name))
+        self.todo.extend(number for number, name in enumerate(self.names) if not run.has_unit(name))
         n = len(self.todo)
         self._give(self.idle.pop())
         for _ in range(min(self.cluster.workers, n) - 1):
             self._hire()
         for _ in progress(range(n), label):
-            self._finish_one(names)
+            self._finish_one()
 
     def check(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The model and its cross-check, as one of the workers finds them."""
         while True:
             if not self.idle:
-                self._names()
+                self.meet()
             try:
                 return self.cluster.ask(self.idle[-1].check.remote())
             except self.cluster.ray.exceptions.RayActorError as error:
                 self.idle.pop()
                 self._count_death(None, "in the cross-check", error)
 
-    def _names(self) -> list[str]:
-        """Names of the units, as the first worker that has loaded its job says."""
+    def meet(self) -> None:
+        """Learn the names of the units, as the first worker that has loaded its job says."""
         while True:
             worker = self.cluster.start(*self.hands)
             try:
-                names = self.cluster.ask(worker.take.remote(*self.task))
+                self.names = self.cluster.ask(worker.take.remote(*self.task))
             except self.cluster.ray.exceptions.RayActorError as error:
                 self._count_death(None, "while loading", error)
                 continue
             self.idle.append(worker)
-            return names
+            return
 
     def _hire(self) -> None:
         worker = self.cluster.start(*self.hands)
@@ -239,7 +250,7 @@ class _Gang:
         else:
             self.idle.append(worker)
 
-    def _finish_one(self, names: Sequence[str]) -> None:
+    def _finish_one(self) -> None:
         """Wait until one unit is done; a dead worker's goes back to the others, and another worker takes its place."""
         while True:
             if not self.calls:
@@ -249,7 +260,7 @@ class _Gang:
             try:
                 self.cluster.ask(ready)
             except self.cluster.ray.exceptions.RayActorError as error:
-                self._count_death(number, "while loading" if number is None else f"at unit {names[number]}", error)
+                self._count_death(number, "while loading" if number is None else f"at unit {self.names[number]}", error)
                 if number is not None:
                     self.todo.appendleft(number)
                 self._hire()
@@ -257,11 +268,12 @@ class _Gang:
             self._give(worker)
             if number is not None:
                 return
+            del self.deaths[None]
 
     def _count_death(self, number: int | None, where: str, error: Exception) -> None:
         self.deaths[number] += 1
         if self.deaths[number] == MOST_DEATHS:
-            raise CotfaithError(
+            raise DeathsError(
                 f"{MOST_DEATHS} workers of {self.task[0]!r} died {where} (out of memory?); give each more of a node "
                 "with --gpus or --cpus, and the same command again: finished units are kept."
             ) from error

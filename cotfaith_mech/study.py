@@ -144,10 +144,11 @@ def _run_pairs(
             continue
         try:
             base = job.load(base)
-            for number in progress(missing, job.label):
-                job.measure(number)
         except CotfaithError as error:
             leave_out_pair(run, reader, error)
+            continue
+        for number in progress(missing, job.label):
+            job.measure(number)
 
 
 def leave_out_pair(run: RunDirectory, reader: ReaderConfig, error: CotfaithError) -> None:

@@ -149,6 +149,8 @@ def measured_of(
     for name, measure in parts.items():
         try:
             part = measure()
+        except EndpointError:
+            raise
         except CotfaithError as error:
             failed.append(f"{name}: {error}")
             continue

@@ -36,7 +36,7 @@ BLOCKS = 10
 class Stub:
     """A reader that is asked for nothing but how it shows a question."""
 
-    info = SimpleNamespace(weights_hash="stub", text_hash="stub", device="cpu", n_layers=0)
+    info = SimpleNamespace(weights_hash="stub", text_hash="stub", device="cpu", n_layers=0, context=None)
 
     def render(self, question: str) -> str:
         return f"{question}\n"

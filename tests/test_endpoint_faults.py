@@ -288,3 +288,10 @@ def test_a_password_on_the_command_line_is_refused_and_not_repeated(spec: str) -
     with pytest.raises(CotfaithError) as caught:
         study_of_options([spec], "people:1", None, 0, False, dtype="float32", mechanism=False)
     assert "hush" not in str(caught.value)
+
+
+def test_a_key_where_a_long_error_is_cut_shows_no_part(server: Server) -> None:
+    server.behave = lambda body: (200, {}, {"error": {"message": "x" * 160 + KEY + "x" * 200}})
+    with pytest.raises(EndpointError) as caught:
+        Endpoint("m", server.url, max_retries=0).generate(["q"], max_new_tokens=5)
+    assert KEY[:4] not in str(caught.value)

@@ -16,6 +16,7 @@ import numpy as np
 import peft
 import pytest
 import transformers
+from tokenizers import AddedToken
 
 from cotfaith_mech import disk, edits
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
@@ -102,6 +103,18 @@ def test_an_unknown_character_is_no_special_token_and_its_written_name_is_one() 
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer, unk_token="<eos>")
     model = HuggingFaceModel(replace(tiny("llama-gqa"), tokenizer=words))
     assert model._special("ab<eos>", [1, 1], [(0, 2), (2, 7)]) == [(1, "<eos>")]
+
+
+def test_a_token_that_opens_a_turn_is_special_also_where_it_is_not_declared_so() -> None:
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
+    words.add_tokens([AddedToken("<turn>", special=False), AddedToken("<aside>", special=False)])
+    words.chat_template = "<turn>{{ messages[0]['content'] }}\n"
+    weights = tiny("llama-gqa")
+    weights.model.resize_token_embeddings(len(words))
+    model = HuggingFaceModel(replace(weights, tokenizer=words))
+    read(model, "Ann has 3 <aside>?")
+    with pytest.raises(CotfaithError, match="'<turn>', a special token"):
+        read(model, "Ann <turn> 3?")
 
 
 def test_a_problem_with_a_special_token_is_left_out_and_harms_no_other(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from cotfaith_mech.config import parse_config
 from cotfaith_mech.datasets_io import read_problems
 from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.jobs import load
-from cotfaith_mech.privacy import from_home, holds_secret, without_password
+from cotfaith_mech.privacy import at_home, from_home, holds_secret, shared, without_password
 from cotfaith_mech.records import RunDirectory
 from cotfaith_mech.study import measure_study
 from cotfaith_mech.units import units_of
@@ -224,3 +224,10 @@ def test_a_study_its_report_and_the_doctor_write_and_say_nothing_private(
     private = json.dumps({key: value for key, value in manifest.items() if key != "config"})
     assert socket.gethostname() not in private
     assert not any(path.read_bytes() for path in (home / "run").glob(".lock*")), "who writes is known while it writes"
+
+
+def test_a_worker_of_another_home_gets_paths_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"model": f"{tmp_path}/m", "readers": [{"adapter": None, "name": "~"}], "n": 3}
+    assert at_home(shared(given)) == given
+    assert shared(given) != given

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -229,3 +230,9 @@ def test_other_inputs_under_the_same_config_are_refused(tmp_path):
     with pytest.raises(CotfaithError, match=r"reader A\.weights is 'aa' there, 'xx' here; choose a new output folder"):
         run.pin("reader A", {"weights": "xx", "text": "bb"})
     assert run.read_manifest()["pinned"]["data"] == {"sha256": "cc"}
+
+
+def test_a_run_is_not_compacted_into_itself(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {})
+    with pytest.raises(CotfaithError, match="is the run itself"):
+        run.compacted(tmp_path / "x" / ".." / "run")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from cotfaith_mech.arithmetic import people_problems, word_problems
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
-from cotfaith_mech.errors import CotfaithError
-from cotfaith_mech.sampling import few_shot, supplied_chain, write_chains
+from cotfaith_mech.errors import CotfaithError, EndpointError
+from cotfaith_mech.sampling import few_shot, generate_each, supplied_chain, write_chains
 
 from .tiny import tiny
 
@@ -92,3 +93,26 @@ def test_greedy_is_greedy_whatever_the_models_generation_config_says(
     plain = model.generate(prompts, max_new_tokens=12)
     monkeypatch.setattr(model.weights.model.generation_config, "repetition_penalty", 1.8)
     assert model.generate(prompts, max_new_tokens=12) == plain
+
+
+class Refusing:
+    """Refuses every batch that holds 'bad'; what it writes tells the seed of each prompt."""
+
+    info: Any = None
+    render = count = str
+
+    def generate(self, prompts: list[str], *, seed: int, **_: Any) -> list[str]:
+        if "bad" in prompts:
+            raise CotfaithError("too long")
+        if "off" in prompts:
+            raise EndpointError("out of reach")
+        return [f"{prompt}{seed + i}" for i, prompt in enumerate(prompts)]
+
+
+def test_a_refused_prompt_costs_no_other_and_changes_none() -> None:
+    model: Any = Refusing()
+    assert generate_each(model, ["a", "b"], 8, 0.0, 5) == ["a5", "b6"]
+    first, refused, last = generate_each(model, ["a", "bad", "c"], 8, 0.0, 5)
+    assert (first, str(refused), last) == ("a5", "too long", "c7")
+    with pytest.raises(EndpointError):
+        generate_each(model, ["a", "off", "bad"], 8, 0.0, 5)

@@ -17,9 +17,9 @@ import psutil
 import pytest
 import torch
 
-from cotfaith_mech import scale
+from cotfaith_mech import jobs, scale, units
 from cotfaith_mech.config import StudyConfig, parse_config
-from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.errors import CotfaithError, EndpointError
 from cotfaith_mech.options import shard_of
 from cotfaith_mech.records import RunDirectory
 from cotfaith_mech.scale import Crew, measure_on_ray
@@ -161,6 +161,33 @@ def test_a_worker_and_a_node_die_and_the_records_are_those_of_one_process(
     assert set(run.read_manifest()["models"]) == {"base", "tuned"}
     with pytest.raises(CotfaithError, match="A worker needs"):
         measure_on_ray(config, tmp_path / "more", Crew(gpus=64.0))
+
+
+def fails(error: type[CotfaithError]) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error("gone for now")
+
+    return fail
+
+
+def test_a_server_that_fails_within_a_mechanism_leaves_the_unit_to_be_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: StudyConfig
+) -> None:
+    monkeypatch.setattr(units, "_mechanism", lambda *_: {"knockout": fails(EndpointError)})
+    with pytest.raises(EndpointError, match="gone for now"):
+        measure_study(config, tmp_path / "run")
+    assert RunDirectory(tmp_path / "run").n_units() == 0
+
+
+def test_what_ends_the_measuring_of_a_pair_is_no_reason_to_leave_it_out(
+    alone: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: StudyConfig
+) -> None:
+    """A full disk, say: the study stops, and the same command does the rest."""
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs.PairJob, "measure", fails(CotfaithError))
+        with pytest.raises(CotfaithError, match="gone for now"):
+            measure_study(config, tmp_path / "run")
+    same(measure_study(config, tmp_path / "run"), alone)
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: StudyConfig) -> None:

@@ -74,11 +74,12 @@ class NdifModel(NnsightModel):
         import httpx
         import websocket
         from nnsight.intervention.backends.remote import RemoteError
+        from nnsight.schema.config import CONFIG
 
         try:
             yield
         except (RemoteError, OSError, httpx.HTTPError, websocket.WebSocketException) as error:
-            told = " ".join(str(error).split())[:300]
+            told = " ".join(str(error).replace(CONFIG.API.APIKEY or "\0", "***").split())[:300]
             raise EndpointError(
                 f"NDIF gave no result for {self.info.name!r} ({type(error).__name__}: {told}); see whether it is "
                 "served (`nnsight.status()`) and the key is right, and run again."

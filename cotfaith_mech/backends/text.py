@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import zip_longest
@@ -19,6 +20,9 @@ from ..model import BackendName, DirectPath, ModelInfo
 from ..problems import HALF_PAIR
 from .hooks import Layout, check_residual_stream
 from .weights import Weights
+
+_TURN = re.compile(r"\s*[<\[].+[>\]]\s*")
+"""A token that a template opens or closes a turn by, also where the tokenizer does not declare it special."""
 
 
 def rendered(tokenizer: Any, question: str) -> str:
@@ -47,8 +51,11 @@ class TextSide:
         self.tokenizer = weights.tokenizer
         stops = weights.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.stop_tokens = frozenset(stops if isinstance(stops, list) else [stops])
-        added = self.tokenizer.added_tokens_decoder.items()
-        self._special_ids = {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        shown = set(self.tokenizer(self.render("?"), add_special_tokens=False)["input_ids"])
+        self._special_ids = set(self.tokenizer.all_special_ids)
+        for i, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special or (i in shown and _TURN.fullmatch(token.content)):
+                self._special_ids.add(i)
         written = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
         self.digit_tokens = tuple(i for i, token in enumerate(written) if token and token[0] in "0123456789")
         config = weights.model.config.get_text_config()
