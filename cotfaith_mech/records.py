@@ -114,7 +114,7 @@ _ESTIMATES = pa.schema(
 _META_KEY = b"cotfaith"
 _AT_ONCE = 5000
 """How many unit files are held while they are copied."""
-_KEPT_META = "units.json.gz"
+_ALL, _KEPT_META = "all.parquet", "units.json.gz"
 _EXCLUDED = ("problem_id", "chain_id", "reader", "stage", "reason")
 _EXCLUSIONS = "exclusions"
 _LEFT_OUT = "left_out"
@@ -188,7 +188,11 @@ class RunDirectory:
         """
         path = Path(path)
         if not cls.check(path, config):
-            write_json(path / "manifest.json", {"config": shared(config)})
+            make_folder(path)
+            with lock(path / f"{PREFIX}-manifest", wait=True):
+                if not cls.check(path, config):
+                    with lock(path / PREFIX):
+                        write_json(path / "manifest.json", {"config": shared(config)})
         return cls(path)
 
     @classmethod
@@ -196,6 +200,10 @@ class RunDirectory:
         """Whether `path` holds a run of `config`; raises what `create` raises where another thing is there."""
         entries = [entry.name for entry in path.iterdir()] if path.is_dir() else []
         there = [name for name in entries if not name.endswith(".tmp") and not name.startswith(PREFIX)]
+        if (path / "records" / _KEPT_META).is_file():
+            raise CotfaithError(
+                f"{path} is a kept copy with all records in one file, which no run resumes; choose a new output folder."
+            )
         if not (path / "manifest.json").is_file():
             if there:
                 raise CotfaithError(f"{path} holds files but no run; choose a new or empty output folder.")
@@ -283,6 +291,10 @@ class RunDirectory:
         path = Path(path)
         if path.resolve() == self.path.resolve():
             raise CotfaithError(f"{path} is the run itself; choose another folder for the copy.")
+        if any(file.name != _ALL for file in (path / "records").glob("*.parquet")):
+            raise CotfaithError(
+                f"{path} holds units of a run, beside which all would count twice; choose a new folder."
+            )
         options: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "use_byte_stream_split": ["value"]}
         options["use_dictionary"] = [name for name in COLUMNS if name != "value"]
 
@@ -292,7 +304,7 @@ class RunDirectory:
                     kept = [measure not in without for measure in table["measure"].to_pylist()]
                     writer.write_table(table.filter(pa.array(kept, pa.bool_())) if without else table)
 
-        write_atomically(path / "records" / "all.parquet", write)
+        write_atomically(path / "records" / _ALL, write)
         metas = gzip.compress(json.dumps(self._metas(), allow_nan=False).encode(), 9, mtime=0)
         write_atomically(path / "records" / _KEPT_META, lambda file: file.write(metas))
         for name in ("chains.jsonl", "exclusions.jsonl", "estimates.parquet"):
@@ -405,6 +417,8 @@ class RunDirectory:
             if isinstance(manifest, dict):
                 return manifest
             raise ValueError("it holds no object")
+        except OSError as error:
+            raise CotfaithError(f"Cannot read {self._manifest} ({error.strerror}); was the run moved?") from error
         except (ValueError, RecursionError) as error:
             raise CotfaithError(f"{self._manifest} is not whole JSON ({error}); delete it and run again.") from error
 

@@ -98,7 +98,7 @@ class Held:
 
 def write_chains_of(config: StudyConfig, problems: Sequence[Problem], run: RunDirectory, progress: Progress) -> Held:
     """Chains of every author and their paraphrases, where they are missing; and the model that was used last.
-    CotfaithError where there is no chain at all."""
+    CotfaithError where there is no chain at all, or where they are others than units were measured on."""
     held, by_name = Held(config, run, progress), {reader.name: reader for reader in config.readers}
     for author in config.all_authors:
         if missing_of(author, problems, run):
@@ -107,6 +107,7 @@ def write_chains_of(config: StudyConfig, problems: Sequence[Problem], run: RunDi
     if not run.read_chains():
         raise CotfaithError(f"{config.problems!r} gave no chain to read: {why_empty(run)}.")
     see_to_paraphrases(config, problems, run, held, progress)
+    run.pin("chains", {"sha256": _hash([[row["chain_id"], row.get("paraphrases")] for row in run.read_chains()])})
     return held
 
 
@@ -202,10 +203,10 @@ def write_manifest(run: RunDirectory, manifest: dict[str, Any]) -> None:
 
 def begin(config: StudyConfig, run: RunDirectory) -> tuple[list[Problem], dict[str, Any]]:
     """The problems (what was left out is on disk), and the manifest so far."""
+    if not RunDirectory.check(run.path, config.model_dump(mode="json")):
+        raise CotfaithError(f"{run.path} was begun with another config a moment ago; choose another output folder.")
     problems, shown, left_out = problems_of(config)
-    content = json.dumps([dataclasses.asdict(problem) for problem in problems], sort_keys=True)
-    run.pin("software", {"cotfaith-mech": metadata.version("cotfaith-mech")})
-    run.pin("data", {"source": config.problems, "sha256": hashlib.sha256(content.encode()).hexdigest()})
+    pin_inputs(config, problems, run)
     run.add_exclusions({"stage": "read"} | row for row in left_out)
     worked = {"stage": "few_shot", "reason": "shown as a worked example"}
     run.add_exclusions(worked | {"problem_id": problem.problem_id} for problem in shown)
@@ -223,6 +224,16 @@ def begin(config: StudyConfig, run: RunDirectory) -> tuple[list[Problem], dict[s
         "checks": [],
     }
     return problems, manifest
+
+
+def pin_inputs(config: StudyConfig, problems: Sequence[Problem], run: RunDirectory) -> None:
+    """CotfaithError where the run was begun with other problems, or by another version of this package."""
+    run.pin("software", {"cotfaith-mech": metadata.version("cotfaith-mech")})
+    run.pin("data", {"source": config.problems, "sha256": _hash([dataclasses.asdict(one) for one in problems])})
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def problems_of(config: StudyConfig) -> tuple[list[Problem], list[Problem], list[dict[str, str]]]:

@@ -155,6 +155,24 @@ def test_what_was_left_out_of_a_unit_travels_with_it(run, tmp_path):
     assert len(run.read_records()) == 1
 
 
+def test_a_kept_copy_is_neither_resumed_nor_put_beside_units(run, tmp_path):
+    """Either would count every record twice."""
+    run.write_unit("u", [record()], {})
+    kept = run.compacted(tmp_path / "kept")
+    run.compacted(kept.path)
+    with pytest.raises(CotfaithError, match="kept copy with all records in one file, which no run resumes"):
+        RunDirectory.create(kept.path, CONFIG)
+    with pytest.raises(CotfaithError, match="beside which all would count twice"):
+        kept.compacted(run.path)
+    assert len(kept.read_records()) == len(run.read_records()) == 1
+
+
+def test_a_run_whose_folder_is_gone_is_told_of(run):
+    (run.path / "manifest.json").unlink()
+    with pytest.raises(CotfaithError, match=r"Cannot read .*manifest\.json \(No such file or directory\)"):
+        run.update_manifest({"counts": {}})
+
+
 def test_a_folder_of_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(CotfaithError, match="holds files but no run"):
