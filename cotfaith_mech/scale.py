@@ -22,7 +22,7 @@ from .errors import CotfaithError
 from .jobs import Job, PairJob, ReaderJob, info_of, load, pairs_of, pin
 from .privacy import at_home
 from .records import RunDirectory
-from .study import begin, leave_out_pair, note_reader, problems_of, write_chains_of, write_manifest
+from .study import begin, leave_out_pair, note_reader, pin_inputs, problems_of, write_chains_of, write_manifest
 
 MOST_DEATHS = 3
 
@@ -40,29 +40,39 @@ class Crew:
     cpus: float = 1
     gpus: float = 0
 
+    def __post_init__(self) -> None:
+        if min(self.cpus, self.gpus) < 0 or not self.cpus + self.gpus:
+            raise CotfaithError(f"A worker of {self.cpus:g} CPUs and {self.gpus:g} GPUs has no place; give it a share.")
+
 
 class Worker:
-    """What runs on a node: one job, in the run directory `out`. Its methods are called from afar."""
+    """What runs on a node: one job, in the run directory `out`. Its methods are called from afar.
+
+    Nothing may fail in __init__: an error there reaches the caller as the worker's death, and not as itself.
+    """
 
     def __init__(self, config: dict[str, Any], out: str) -> None:
-        self.config, self.out = parse_config(config), out
-        self.problems = problems_of(self.config)[0]
-        self.run = self._opened()
+        self.given, self.out = config, out
         self.job: Job | None = None
 
-    def _opened(self) -> RunDirectory:
+    def _open(self) -> None:
         try:
-            return RunDirectory(self.out)
+            self.run = RunDirectory(self.out)
         except CotfaithError as error:
             raise CotfaithError(
                 f"A worker does not see the run directory {self.out}; give --out on a file system that all nodes share."
             ) from error
+        self.config = parse_config(self.given)
+        self.problems = problems_of(self.config)[0]
+        pin_inputs(self.problems, self.run)
 
     def write_chains(self) -> None:
+        self._open()
         write_chains_of(self.config, self.problems, self.run, silent)
 
     def take(self, name: str, pair: bool) -> list[str]:
         """Load what the job of a reader, or of its pair with the first, needs; the names of its units."""
+        self._open()
         reader = next(one for one in self.config.readers if one.name == name)
         if pair:
             self.job = PairJob(self.config, reader, self.problems, self.run)
@@ -100,9 +110,7 @@ def measure_on_ray(config: StudyConfig, out: str | Path, crew: Crew, progress: P
     with run.writing(), _Cluster(crew) as cluster:
         problems, manifest = begin(config, run)
         hands = (at_home(plain), str(run.path.resolve()))
-        writer = cluster.start(*hands)
-        cluster.ask(writer.write_chains.remote())
-        cluster.end(writer)
+        cluster.write_chains(hands)
         for reader in config.readers:
             started, n_units = time.perf_counter(), run.n_units()
             with cluster.gang(hands, reader, pair=False) as gang:
@@ -151,7 +159,8 @@ class _Cluster:
                     "give --ray local."
                 ) from error
             self.began = True
-        self.workers = self.crew.workers or self.room()
+        room = self.room()
+        self.workers = self.crew.workers or room
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,12 +168,12 @@ class _Cluster:
             self.ray.shutdown()
 
     def room(self) -> int:
-        """How many workers fit on the cluster at once."""
-        has, needs = self.ray.cluster_resources(), {"CPU": self.crew.cpus, "GPU": self.crew.gpus}
-        n = int(min(has.get(name, 0) / need for name, need in needs.items() if need))
+        """How many workers fit on the cluster at once, each on one node."""
+        needs = {name: need for name, need in {"CPU": self.crew.cpus, "GPU": self.crew.gpus}.items() if need}
+        has = [{name: node["Resources"].get(name, 0) for name in needs} for node in self.ray.nodes() if node["Alive"]]
+        n = sum(int(min(node[name] / need for name, need in needs.items())) for node in has)
         if n < 1:
-            found = {name: has.get(name, 0) for name in needs}
-            raise CotfaithError(f"A worker needs {needs}, and the whole cluster has {found}; ask for less.")
+            raise CotfaithError(f"A worker needs {needs}, and the nodes of the cluster have {has}; ask for less.")
         return n
 
     def start(self, config: dict[str, Any], out: str) -> Any:
@@ -173,6 +182,19 @@ class _Cluster:
 
     def end(self, worker: Any) -> None:
         self.ray.kill(worker)
+
+    def write_chains(self, hands: tuple[dict[str, Any], str]) -> None:
+        """Let a worker write the chains, another where it dies."""
+        for death in range(1, MOST_DEATHS + 1):
+            writer = self.start(*hands)
+            try:
+                self.ask(writer.write_chains.remote())
+                return
+            except self.ray.exceptions.RayActorError as error:
+                if death == MOST_DEATHS:
+                    raise _died("the study", "while writing chains") from error
+            finally:
+                self.end(writer)
 
     def ask(self, what: Any) -> Any:
         """The answer to a call; an error that a worker raised is raised as itself."""
@@ -271,9 +293,16 @@ class _Gang:
             del self.deaths[None]
 
     def _count_death(self, number: int | None, where: str, error: Exception) -> None:
+        """Raises DeathsError at too many: at one unit, or in loading while no other worker is at a unit (a node takes
+        all that load on it along)."""
         self.deaths[number] += 1
-        if self.deaths[number] == MOST_DEATHS:
-            raise DeathsError(
-                f"{MOST_DEATHS} workers of {self.task[0]!r} died {where} (out of memory?); give each more of a node "
-                "with --gpus or --cpus, and the same command again: finished units are kept."
-            ) from error
+        others_work = number is None and any(unit is not None for _, unit in self.calls.values())
+        if self.deaths[number] >= MOST_DEATHS and not others_work:
+            raise _died(repr(self.task[0]), where) from error
+
+
+def _died(of: str, where: str) -> DeathsError:
+    return DeathsError(
+        f"{MOST_DEATHS} workers of {of} died {where} (out of memory?); give each more of a node with --gpus or --cpus, "
+        "and the same command again: finished units are kept."
+    )

@@ -206,7 +206,7 @@ def begin(config: StudyConfig, run: RunDirectory) -> tuple[list[Problem], dict[s
     if not RunDirectory.check(run.path, config.model_dump(mode="json")):
         raise CotfaithError(f"{run.path} was begun with another config a moment ago; choose another output folder.")
     problems, shown, left_out = problems_of(config)
-    pin_inputs(config, problems, run)
+    pin_inputs(problems, run)
     run.add_exclusions({"stage": "read"} | row for row in left_out)
     worked = {"stage": "few_shot", "reason": "shown as a worked example"}
     run.add_exclusions(worked | {"problem_id": problem.problem_id} for problem in shown)
@@ -226,10 +226,11 @@ def begin(config: StudyConfig, run: RunDirectory) -> tuple[list[Problem], dict[s
     return problems, manifest
 
 
-def pin_inputs(config: StudyConfig, problems: Sequence[Problem], run: RunDirectory) -> None:
+def pin_inputs(problems: Sequence[Problem], run: RunDirectory) -> None:
     """CotfaithError where the run was begun with other problems, or by another version of this package."""
     run.pin("software", {"cotfaith-mech": metadata.version("cotfaith-mech")})
-    run.pin("data", {"source": config.problems, "sha256": _hash([dataclasses.asdict(one) for one in problems])})
+    source = run.read_manifest()["config"]["problems"]
+    run.pin("data", {"source": source, "sha256": _hash([dataclasses.asdict(one) for one in problems])})
 
 
 def _hash(content: Any) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ import pytest
 import torch
 
 from cotfaith_mech import jobs, scale, units
-from cotfaith_mech.config import StudyConfig, parse_config
+from cotfaith_mech.chains import Chain
+from cotfaith_mech.config import StudyConfig, load_config, parse_config
 from cotfaith_mech.errors import CotfaithError, EndpointError
 from cotfaith_mech.options import shard_of
 from cotfaith_mech.records import RunDirectory
 from cotfaith_mech.scale import Crew, measure_on_ray
-from cotfaith_mech.study import measure_study, run_study
+from cotfaith_mech.study import begin, measure_study, problems_of, run_study
+
+from .tiny_study import write_tiny_study
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -99,6 +103,49 @@ def test_a_shard_is_written_by_one_process_and_shards_keep_a_whole_study_out(
         pass
 
 
+def test_seeds_and_names_follow_from_content_and_not_from_place(tmp_path: Path) -> None:
+    """Fewer problems, in another order: the same units, and what needs no other problem's chain has the same records."""
+    path = write_tiny_study(tmp_path, 4, tests=["filler", "paraphrase", "shuffle"], draws=2, mechanisms=["knockout"])
+    whole = measure_study(load_config(path), tmp_path / "whole")
+    rows = (tmp_path / "rows.jsonl").read_text().split("\n")
+    (tmp_path / "rows.jsonl").write_text("\n".join([rows[3], rows[1]]))
+    part = measure_study(load_config(path), tmp_path / "part")
+    names = {run: {file.name for file in (run.path / "records").iterdir()} for run in (whole, part)}
+    assert len(names[part]) == 2
+    assert names[part] < names[whole]
+    records = whole.read_records()
+    assert records.seed.nunique() > 1
+    of_part = records[records.problem_id.isin(["p1", "p3"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(part.read_records(), of_part, check_exact=True)
+
+
+def test_a_run_that_has_just_begun_makes_no_way_for_another_config(config: StudyConfig, tmp_path: Path) -> None:
+    """While its first process loads a model there is nothing but a manifest; shards would mix, a whole study conclude by
+    the other's config."""
+    given = config.model_dump(mode="json")
+    for shard in (None, (0, 3)):
+        run = RunDirectory.create(tmp_path / "run", given)
+        with run.writing(shard), pytest.raises(CotfaithError, match="being written by"):
+            measure_study(config.model_copy(update={"draws": 3}), run.path, shard=(1, 3))
+        assert run.read_manifest()["config"] == given
+    RunDirectory.create(run.path, given | {"draws": 3})
+    with run.writing((0, 3)), pytest.raises(CotfaithError, match="begun with another config a moment ago"):
+        begin(config, run)
+
+
+def test_chains_that_changed_between_two_starts_are_refused(config: StudyConfig, tmp_path: Path) -> None:
+    """Units of the old ones would be averaged with those of the new."""
+    run = measure_study(config, tmp_path / "run", shard=(0, 3))
+    rows = run.read_chains()
+    run.write_chains(rows[:-1])
+    run = measure_study(config, run.path, shard=(1, 3))
+    assert run.read_chains() == rows
+    chain = replace(Chain.from_json(rows[0]), steps=("Another step.",))
+    run.write_chains([rows[0] | chain.to_json(), *rows[1:]])
+    with pytest.raises(CotfaithError, match=r"other inputs: chains\.sha256 is"):
+        measure_study(config, run.path, shard=(2, 3))
+
+
 @pytest.mark.parametrize("text", ["3", "0/4", "5/4", "1/0", "a/b", "-1/2", "1/2/3"])
 def test_what_is_no_shard_is_refused(text: str) -> None:
     with pytest.raises(CotfaithError, match="write I/N with I from 1 to N"):
@@ -135,15 +182,25 @@ def a_worker() -> int:
 def test_a_worker_and_a_node_die_and_the_records_are_those_of_one_process(
     cluster: Any, alone: RunDirectory, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker at a unit of the first reader, and at the second reader's the node with two of the three workers."""
-    finished, deaths = [], []
+    """The worker that writes the chains, one at a unit of the first reader, and at the second reader's the node with two
+    of the three workers."""
+    started, finished, deaths = [], [], []
     count = scale._Gang._count_death
+
+    start = scale._Cluster.start
+
+    def dying(made: Any, *hands: Any) -> Any:
+        started.append(start(made, *hands))
+        if len(started) == 1:
+            made.end(started[0])
+        return started[-1]
 
     def counted(gang: Any, number: int | None, where: str, error: Exception) -> None:
         deaths.append(where)
         count(gang, number, where, error)
 
     monkeypatch.setattr(scale._Gang, "_count_death", counted)
+    monkeypatch.setattr(scale._Cluster, "start", dying)
 
     def progress(items: Any, label: str) -> Iterator[Any]:
         for item in items:
@@ -154,13 +211,44 @@ def test_a_worker_and_a_node_die_and_the_records_are_those_of_one_process(
             if len(finished) == 8:
                 cluster.remove_node(cluster.second)
 
+    for crew in (Crew(gpus=64.0), Crew(cpus=3.0), Crew(workers=2, cpus=3.0)):
+        with pytest.raises(CotfaithError, match=r"A worker needs .*'CPU': 2"):
+            measure_on_ray(config, tmp_path / "more", crew)
     run = measure_on_ray(config, tmp_path / "run", Crew(workers=3), progress)
     assert len(finished) == alone.n_units()
     assert len(deaths) >= 2
     same(run, alone)
     assert set(run.read_manifest()["models"]) == {"base", "tuned"}
-    with pytest.raises(CotfaithError, match="A worker needs"):
-        measure_on_ray(config, tmp_path / "more", Crew(gpus=64.0))
+
+
+def test_what_a_worker_finds_amiss_is_raised_by_its_methods(
+    alone: RunDirectory, config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as it is made: Ray would tell of a death. No file system in common; other problems than the run's."""
+    plain = config.model_dump(mode="json")
+    lost, misled = scale.Worker(plain, str(tmp_path / "absent")), scale.Worker(plain, str(alone.path))
+    monkeypatch.setattr(scale, "problems_of", lambda _: (problems_of(config)[0][1:],))
+    for worker, told in ((lost, "on a file system that all nodes share"), (misled, r"other inputs: data\.sha256 is")):
+        for call in (worker.write_chains, lambda worker=worker: worker.take("base", False)):
+            with pytest.raises(CotfaithError, match=told):
+                call()
+
+
+def test_workers_may_die_in_loading_while_another_is_at_a_unit() -> None:
+    """A node that goes takes all that load on it along."""
+    gang: Any = scale._Gang(object.__new__(scale._Cluster), ({}, ""), ("A", False))
+    gang.calls = {"call": ("worker", 4)}
+    for _ in range(9):
+        gang._count_death(None, "while loading", RuntimeError())
+    gang.calls = {"call": ("worker", None)}
+    with pytest.raises(CotfaithError, match="3 workers of 'A' died while loading"):
+        gang._count_death(None, "while loading", RuntimeError())
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(0.0, 0.0), (-1.0, 1.0), (1.0, -0.5)])
+def test_a_worker_without_a_share_of_a_node_is_refused(cpus: float, gpus: float) -> None:
+    with pytest.raises(CotfaithError, match="give it a share"):
+        Crew(cpus=cpus, gpus=gpus)
 
 
 def fails(error: type[CotfaithError]) -> Any:
