@@ -434,7 +434,11 @@ def _differing_key(old: Any, new: Any, prefix: str = "") -> str | None:
         return f"{prefix or 'config'} is {old!r} there, {new!r} here"
     keys = sorted(old.keys() | new.keys())
     name = f"{prefix}." if prefix else ""
-    absent = "nothing"
-    return next(
-        found for key in keys if (found := _differing_key(old.get(key, absent), new.get(key, absent), name + key))
-    )
+    for key in keys:
+        if key in old and key in new:
+            if found := _differing_key(old[key], new[key], name + key):
+                return found
+        else:
+            there, here = (repr(side[key]) if key in side else "nothing" for side in (old, new))
+            return f"{name}{key} is {there} there, {here} here"
+    return None

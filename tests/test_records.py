@@ -125,7 +125,7 @@ def test_another_config_is_refused_by_key(run):
     other = {**CONFIG, "tests": {"paraphrase": {"draws": 7}}}
     with pytest.raises(CotfaithError, match=r"tests\.paraphrase\.draws is 5 there, 7 here"):
         RunDirectory.create(run.path, other)
-    with pytest.raises(CotfaithError, match="extra is 'nothing' there"):
+    with pytest.raises(CotfaithError, match="extra is nothing there"):
         RunDirectory.create(run.path, {**CONFIG, "extra": 1})
 
 
@@ -254,3 +254,10 @@ def test_a_run_is_not_compacted_into_itself(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", {})
     with pytest.raises(CotfaithError, match="is the run itself"):
         run.compacted(tmp_path / "x" / ".." / "run")
+
+
+def test_a_key_that_is_not_there_is_no_text_that_says_nothing(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {"labels": {"c": "nothing"}})
+    run.write_chains([])
+    with pytest.raises(CotfaithError, match=r"labels\.c is 'nothing' there, nothing here"):
+        RunDirectory.create(run.path, {"labels": {}})

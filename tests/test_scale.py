@@ -3,6 +3,7 @@ one process, bit for bit where each process has as many threads."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -69,6 +70,14 @@ def test_fifty_kills_lose_nothing_and_add_nothing(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert '"kills": 50' in ended.stdout
     assert '"equal": true' in ended.stdout
+
+
+def test_the_load_script_runs_the_code_of_a_study() -> None:
+    command = [sys.executable, str(EXPERIMENTS / "load_units.py"), "--units", "20"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = json.loads(ended.stdout)
+    assert (found["units"], found["query_rows"]) == (20, 20)
 
 
 def test_shards_in_any_order_make_the_whole(alone: RunDirectory, config: StudyConfig, tmp_path: Path) -> None:
