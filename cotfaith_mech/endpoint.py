@@ -11,9 +11,7 @@ Source: MEASURES 'Reading an answer'; platform.openai.com/docs/api-reference/cha
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
-import json
 import math
 import os
 import re
@@ -33,6 +31,7 @@ from .model import ReaderInfo
 from .problems import AnswerKind
 from .reading import MIN_LABEL_MASS, Answered, Asked, Reading, check_label_mass
 from .replies import NoReplyError, Reply, read_reply
+from .seeds import seed_of
 
 GO_ON = "Go on from exactly where you stopped; do not repeat anything."
 COMPLETE = "{cue} …\nComplete this sentence. Reply only with {form}."
@@ -147,14 +146,14 @@ class Endpoint:
         begun: Sequence[str] | None = None,
         max_new_tokens: int,
         temperature: float = 0.0,
-        seed: int = 0,
+        seeds: Sequence[int] = (),
     ) -> list[str]:
         """See `TextReader.generate`. A turn cannot be left open over this API: where one is `begun`, it is shown as the
-        assistant's and the user asks to go on; what comes back is set off by a space. Prompt i is sampled
-        with `seed` + i."""
+        assistant's and the user asks to go on; what comes back is set off by a space."""
         starts = [""] * len(prompts) if begun is None else begun
         talks = [_begun(prompt, start) for prompt, start in zip(prompts, starts, strict=True)]
-        requests = [Request(talk, max_new_tokens, temperature, seed + i) for i, talk in enumerate(talks)]
+        drawn = zip(talks, seeds or [0] * len(talks), strict=True)
+        requests = [Request(talk, max_new_tokens, temperature, seed) for talk, seed in drawn]
         return [
             text if not start or text[:1].isspace() else f" {text}"
             for start, text in zip(starts, (reply.text for reply in self.ask(requests)), strict=True)
@@ -195,7 +194,7 @@ class Endpoint:
                 )
             self._check_sampling = False
         n = self.samples
-        replies = self.ask([Request(talk, max_tokens, 1.0, _seed(talk) + i) for talk in talks for i in range(n)])
+        replies = self.ask([Request(talk, max_tokens, 1.0, seed_of(talk) + i) for talk in talks for i in range(n)])
         return [replies[i * n : (i + 1) * n] for i in range(len(talks))]
 
     def _reply(self, client: Any, request: Request) -> Reply:
@@ -447,10 +446,6 @@ def _begun(prompt: str, start: str) -> Talk:
 def _listing(labels: Sequence[str]) -> str:
     """'A, B or C'."""
     return " or ".join(filter(None, [", ".join(labels[:-1]), labels[-1]]))
-
-
-def _seed(talk: Talk) -> int:
-    return int.from_bytes(hashlib.sha256(json.dumps(talk).encode()).digest()[:4], "big")
 
 
 def _client_library() -> Any:

@@ -107,9 +107,10 @@ class TextReader(Protocol):
         begun: Sequence[str] | None = None,
         max_new_tokens: int,
         temperature: float = 0.0,
-        seed: int = 0,
+        seeds: Sequence[int] = (),
     ) -> list[str]:
-        """What is written after each prompt and what of the answer is `begun` (without both); temperature 0 is greedy.
+        """What is written after each prompt and what of the answer is `begun` (without both); temperature 0 is greedy,
+        else each is drawn by its own seed, whatever is written beside it.
 
         `begun`: the beginning of each assistant's turn, one a prompt; nothing where it is None.
         """

@@ -18,6 +18,7 @@ import numpy as np
 
 from .errors import CotfaithError
 from .paraphrase import rephrase, validate
+from .seeds import seed_of
 
 if TYPE_CHECKING:
     from .model import TextReader
@@ -88,7 +89,8 @@ def by_model(reader: TextReader, steps: Sequence[str], n_draws: int, seed: int) 
             bodies = [steps[i].strip() for _, i in places]
             n_tokens = 2 * max(reader.count(body) for body in bodies) + 16
             asked = [prompts[i] for _, i in places]
-            written = generate_each(reader, asked, n_tokens, TEMPERATURE, seed + 1000 * attempt + first)
+            seeds = [seed_of([seed, attempt, *place]) for place in places]
+            written = generate_each(reader, asked, n_tokens, TEMPERATURE, seeds)
             for (d, i), text in zip(places, written, strict=True):
                 if isinstance(text, CotfaithError):
                     reasons[str(text)] += 1

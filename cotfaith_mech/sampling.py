@@ -9,6 +9,7 @@ from .chains import Chain, segment
 from .errors import CotfaithError, EndpointError
 from .model import TextReader
 from .problems import Problem
+from .seeds import seed_of
 
 BATCH = 8
 FEW_SHOT = "Solve each problem step by step.\n\n"
@@ -51,9 +52,9 @@ def write_chains(
 ) -> Iterator[tuple[Problem, Chain | None, str]]:
     """Chains that `model` writes itself, with the reason where there is none (`None` in place of the chain).
 
-    Problems are taken in fixed batches, each with its own seed, so that what is written for one does not depend on
-    which problem ids are `done`. What the model writes from its own answer cue on is cut off, so that the cue can be
-    put there.
+    A draw's seed follows from `seed` and the problem's id. Problems are taken in fixed batches, so that not even
+    rounding depends on which problem ids are `done`. What the model writes from its own answer cue on is cut off, so
+    that the cue can be put there.
     """
     for first in range(0, len(problems), BATCH):
         batch = problems[first : first + BATCH]
@@ -62,7 +63,8 @@ def write_chains(
         prompts = {problem.problem_id: model.render(problem.question) for problem in batch}
         refused = {name: no_room(model, prompt, max_new_tokens) for name, prompt in prompts.items()}
         fitting = [name for name, reason in refused.items() if not reason]
-        texts = generate_each(model, [prompts[name] for name in fitting], max_new_tokens, temperature, seed + first)
+        seeds = [seed_of([seed, name]) for name in fitting]
+        texts = generate_each(model, [prompts[name] for name in fitting], max_new_tokens, temperature, seeds)
         written = dict(zip(fitting, texts, strict=True))
         for problem in batch:
             name = problem.problem_id
@@ -78,20 +80,20 @@ def write_chains(
 
 
 def generate_each(
-    model: TextReader, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int
+    model: TextReader, prompts: Sequence[str], max_new_tokens: int, temperature: float, seeds: Sequence[int]
 ) -> list[str | CotfaithError]:
     """What `model` writes after each prompt, or why it refuses that one: a batch with a refusal is asked one by one.
 
     Raises EndpointError, which concerns them all."""
     try:
-        return [*model.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)]
+        return [*model.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds)]
     except EndpointError:
         raise
     except CotfaithError as error:
         if len(prompts) == 1:
             return [error]
-    each = (generate_each(model, [prompt], max_new_tokens, temperature, seed + i) for i, prompt in enumerate(prompts))
-    return [one for (one,) in each]
+    alone = zip(prompts, seeds, strict=True)
+    return [generate_each(model, [prompt], max_new_tokens, temperature, [seed])[0] for prompt, seed in alone]
 
 
 def _steps(written: str, cue: str, max_steps: int) -> tuple[str, ...]:
@@ -120,7 +122,7 @@ def write_on(
             begun=["".join(chain.steps) for chain in batch],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            seed=seed + first,
+            seeds=[seed_of([seed, chain.chain_id]) for chain in batch],
         )
         pairs = zip(batch, texts, strict=True)
         longer += [replace(c, steps=(*c.steps, *_steps(text, c.cue, max_steps))) for c, text in pairs]

@@ -221,7 +221,7 @@ def test_order_is_kept_and_requests_overlap(server: Server) -> None:
 
 def test_a_begun_turn_is_shown_and_gone_on_with(server: Server) -> None:
     endpoint = Endpoint("m", server.url)
-    endpoint.generate(["q1", "q2"], begun=["One step.", " "], max_new_tokens=9, temperature=0.5, seed=4)
+    endpoint.generate(["q1", "q2"], begun=["One step.", " "], max_new_tokens=9, temperature=0.5, seeds=[4, 7])
     first, second = sorted(server.bodies, key=lambda body: body["messages"][0]["content"])
     assert [(m["role"], m["content"]) for m in first["messages"]] == [
         ("user", "q1"),
@@ -229,7 +229,7 @@ def test_a_begun_turn_is_shown_and_gone_on_with(server: Server) -> None:
         ("user", GO_ON),
     ]
     assert [(m["role"], m["content"]) for m in second["messages"]] == [("user", "q2")]
-    assert (first["max_tokens"], first["temperature"], first["seed"], second["seed"]) == (9, 0.5, 4, 5)
+    assert (first["max_tokens"], first["temperature"], first["seed"], second["seed"]) == (9, 0.5, 4, 7)
 
 
 def test_a_busy_server_is_asked_again(server: Server) -> None:

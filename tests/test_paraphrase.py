@@ -214,13 +214,13 @@ class Writer:
     def count(self, text):
         return len(text.split())
 
-    def generate(self, prompts, *, begun=None, max_new_tokens, temperature=0.0, seed=0):
+    def generate(self, prompts, *, begun=None, max_new_tokens, temperature=0.0, seeds=()):
         written = []
         for prompt in prompts:
             body = prompt.removeprefix(f"<user>{paraphrasers.INSTRUCTION}").removesuffix("<assistant>")
             said = self.wordings[body]
             written.append(said.pop(0) if len(said) > 1 else said[0])
-        self.calls.append((list(prompts), max_new_tokens, temperature, seed))
+        self.calls.append((list(prompts), max_new_tokens, temperature, seeds))
         return written
 
 
@@ -246,7 +246,8 @@ def test_a_model_words_one_step_at_a_time_and_only_what_failed_is_tried_again():
     assert [call[0] for call in writer.calls] == [shown[0], shown[1], shown[1]]
     assert [call[1] for call in writer.calls] == [2 * 7 + 16] * 3
     assert {call[2] for call in writer.calls} == {paraphrasers.TEMPERATURE}
-    assert len({call[3] for call in writer.calls}) == 3
+    seeds = [seed for call in writer.calls for seed in call[3]]
+    assert len(set(seeds)) == len(seeds) == 4
 
 
 def test_a_model_that_never_writes_a_valid_wording_is_asked_so_often_and_no_more():
@@ -262,7 +263,7 @@ def test_many_wordings_are_asked_for_in_batches():
     made = by_model(writer, STEPS[2:], 19, 0)
     assert made.draws == (("\nWhat Bob still has is 5. ",),) * 19
     assert [len(call[0]) for call in writer.calls] == [16, 3]
-    assert len({call[3] for call in writer.calls}) == 2
+    assert len({seed for call in writer.calls for seed in call[3]}) == 19
 
 
 @pytest.mark.parametrize(

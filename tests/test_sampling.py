@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from scipy.stats import chisquare
 
 from cotfaith_mech.arithmetic import people_problems, word_problems
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
+from cotfaith_mech.backends.text import _Draws
 from cotfaith_mech.errors import CotfaithError, EndpointError
 from cotfaith_mech.sampling import few_shot, generate_each, supplied_chain, write_chains
 
@@ -31,13 +34,29 @@ def test_left_padding_changes_no_chain(model: HuggingFaceModel) -> None:
     assert len(set(together)) > 1
 
 
-def test_sampling_repeats_from_its_seed_alone(model: HuggingFaceModel) -> None:
-    prompts = [model.render(p.question) for p in people_problems(2, seed=1)]
+def test_a_draw_rests_on_its_prompt_and_seed_alone(model: HuggingFaceModel) -> None:
+    """Neither on the prompts beside it nor on their order, nor on the state of torch's generator."""
+    prompts = [model.render(p.question) for p in word_problems(5, seed=2)]
 
-    def drawn(seed: int) -> list[str]:
-        return model.generate(prompts, max_new_tokens=12, temperature=1.0, seed=seed)
+    def drawn(places: list[int], plus: int = 0) -> list[str]:
+        seeds = [place + plus for place in places]
+        return model.generate([prompts[i] for i in places], max_new_tokens=12, temperature=1.0, seeds=seeds)
 
-    assert drawn(3) == drawn(3) != drawn(4)
+    together = drawn([0, 1, 2, 3, 4])
+    assert len(set(together)) == 5
+    assert drawn([4, 2, 0]) == [together[4], together[2], together[0]]
+    assert [drawn([i])[0] for i in range(5)] == together
+    assert all(one != other for one, other in zip(together, drawn([0, 1, 2, 3, 4], plus=9), strict=True))
+
+
+def test_draws_have_the_models_own_frequencies() -> None:
+    """Of 4,000 first tokens at temperature .8, by chi-squared against the softmax of the logits."""
+    logits = torch.tensor([3.0, 1.0, 2.0, -1.0, 0.5]).repeat(4000, 1)
+    taken = _Draws(0.8, range(4000))(torch.empty(0), logits).argmax(-1)
+    expected = 4000 * (logits[0].double() / 0.8).softmax(-1)
+    assert chisquare(taken.bincount(minlength=5).numpy(), expected.numpy()).pvalue > 0.01
+    never = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).repeat(500, 1)
+    assert _Draws(1.0, range(500))(torch.empty(0), never).argmax(-1).tolist() == [1] * 500
 
 
 def test_a_chain_ends_where_its_author_writes_the_cue(model: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +86,7 @@ def test_examples_are_read_by_author_and_readers_alike(model: HuggingFaceModel) 
 
 
 def test_what_is_written_does_not_depend_on_what_was_written_before(model: HuggingFaceModel) -> None:
-    """A resumed run draws the same chains: batches and seeds are those of the whole list."""
+    """A resumed run draws the same chains, and so does one of other problems in another order."""
     problems = word_problems(11, seed=6)
     options = {"max_new_tokens": 14, "temperature": 1.0, "seed": 5}
     whole = {p.problem_id: chain for p, chain, _ in write_chains(model, problems, "A", **options)}
@@ -75,6 +94,8 @@ def test_what_is_written_does_not_depend_on_what_was_written_before(model: Huggi
     rest = {p.problem_id: chain for p, chain, _ in write_chains(model, problems, "A", done=done, **options)}
     assert rest == {name: chain for name, chain in whole.items() if name not in done}
     assert len(rest) == 6
+    among_others = {p.problem_id: chain for p, chain, _ in write_chains(model, problems[:4:-1], "A", **options)}
+    assert among_others == {p.problem_id: whole[p.problem_id] for p in problems[5:]}
 
 
 def test_a_prompt_without_room_for_a_chain_is_told_and_the_others_are_written(model: HuggingFaceModel) -> None:
@@ -101,18 +122,18 @@ class Refusing:
     info: Any = None
     render = count = str
 
-    def generate(self, prompts: list[str], *, seed: int, **_: Any) -> list[str]:
+    def generate(self, prompts: list[str], *, seeds: list[int], **_: Any) -> list[str]:
         if "bad" in prompts:
             raise CotfaithError("too long")
         if "off" in prompts:
             raise EndpointError("out of reach")
-        return [f"{prompt}{seed + i}" for i, prompt in enumerate(prompts)]
+        return [f"{prompt}{seed}" for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
 def test_a_refused_prompt_costs_no_other_and_changes_none() -> None:
     model: Any = Refusing()
-    assert generate_each(model, ["a", "b"], 8, 0.0, 5) == ["a5", "b6"]
-    first, refused, last = generate_each(model, ["a", "bad", "c"], 8, 0.0, 5)
-    assert (first, str(refused), last) == ("a5", "too long", "c7")
+    assert generate_each(model, ["a", "b"], 8, 0.0, [5, 7]) == ["a5", "b7"]
+    first, refused, last = generate_each(model, ["a", "bad", "c"], 8, 0.0, [5, 7, 9])
+    assert (first, str(refused), last) == ("a5", "too long", "c9")
     with pytest.raises(EndpointError):
-        generate_each(model, ["a", "off", "bad"], 8, 0.0, 5)
+        generate_each(model, ["a", "off", "bad"], 8, 0.0, [5, 7, 9])

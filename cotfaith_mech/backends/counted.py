@@ -81,7 +81,7 @@ class CountedModel(HuggingFaceModel):
         begun: Sequence[str] | None = None,
         max_new_tokens: int,
         temperature: float = 0.0,
-        seed: int = 0,
+        seeds: Sequence[int] = (),
     ) -> list[str]:
         """As many placeholders as `max_new_tokens` hold: no reader writes more."""
         starts = [""] * len(prompts) if begun is None else begun

@@ -60,8 +60,8 @@ class NdifModel(NnsightModel):
             return super().run(*args, **kwargs)
 
     def _continued(self, **settings: Any) -> Tensor:
-        if settings["do_sample"]:
-            self._refuse("what is drawn there has no seed; set temperature: 0")
+        if settings.pop("logits_processor"):
+            self._refuse("draws are made by code of this process; set temperature: 0")
         model = self._traced
         ids, mask = settings.pop("input_ids"), settings.pop("attention_mask")
         with self._asking():  # noqa: SIM117

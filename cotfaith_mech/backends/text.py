@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
@@ -135,9 +136,9 @@ class TextSide:
         begun: Sequence[str] | None = None,
         max_new_tokens: int,
         temperature: float = 0.0,
-        seed: int = 0,
+        seeds: Sequence[int] = (),
     ) -> list[str]:
-        """Continuations in one left-padded batch; temperature 0 is greedy, else sampled from `seed`."""
+        """Continuations in one left-padded batch. See `Model.generate`."""
         if not prompts:
             return []
         texts = prompts if begun is None else [prompt + start for prompt, start in zip(prompts, begun, strict=True)]
@@ -147,17 +148,15 @@ class TextSide:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in encoded], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-        with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
-            torch.manual_seed(seed)
-            out = self._continued(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                **(plain | sampling),
-            )
+        out = self._continued(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            logits_processor=[_Draws(temperature, seeds)] if temperature else [],
+            **plain,
+        )
         return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
     def _continued(self, **settings: Any) -> Int[Tensor, "batch pos"]:
@@ -201,6 +200,20 @@ class TextSide:
         """See `Model.uncapped`."""
         cap = getattr(self.weights.model.config.get_text_config(), "final_logit_softcapping", None)
         return logit if cap is None else torch.atanh(logit / cap) * cap
+
+
+class _Draws:
+    """Leaves of each row's logits one token, drawn by the row's own seed, so that greedy decoding takes it."""
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        self._temperature = temperature
+        self._rows = [np.random.default_rng(seed) for seed in seeds]
+
+    def __call__(self, ids: Tensor, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+        below = (logits.double() / self._temperature).softmax(-1).cumsum(-1)
+        draws = torch.tensor([[row.random()] for row in self._rows], dtype=below.dtype, device=below.device)
+        drawn = torch.searchsorted(below, draws * below[:, -1:], right=True)
+        return torch.full_like(logits, -torch.inf).scatter(1, drawn, 0.0)
 
 
 def _text_hash(tokenizer: Any) -> str:
