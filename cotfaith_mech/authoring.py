@@ -45,7 +45,8 @@ def missing_of(author: str, problems: Sequence[Problem], run: RunDirectory) -> l
     """Problems without a chain of `author` (SUPPLIED: of their own) and without a reason why there is none."""
     known = run.read_chains() if (run.path / "chains.jsonl").exists() else []
     done = {(row["problem_id"], row["author"]) for row in known}
-    done |= {(row["problem_id"], row["reader"]) for row in run.read_exclusions() if row["stage"] == "chain"}
+    left_out = run.read_exclusions(of_units=False)
+    done |= {(row["problem_id"], row["reader"]) for row in left_out if row["stage"] == "chain"}
     own = [(problem, problem.author if author == SUPPLIED else author) for problem in problems]
     return [problem for problem, name in own if (problem.problem_id, name) not in done]
 

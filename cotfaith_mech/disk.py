@@ -128,7 +128,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
             yield file
     except CotfaithError:
         raise
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, RecursionError, pa.ArrowException) as error:
         raise CotfaithError(f"{path} is not a whole parquet file ({error}); delete it and run again.") from error
 
 

@@ -18,7 +18,7 @@ from .config import ReaderConfig, StudyConfig
 from .errors import CotfaithError, EndpointError
 from .problems import Problem
 from .records import RunDirectory, unit_id
-from .units import exclusions_of, measure_unit, open_chain, undefined_in, units_of
+from .units import exclusions_of, fitting, measure_unit, open_chain, undefined_in, units_of
 
 if TYPE_CHECKING:
     from .crosscheck import Sample
@@ -71,9 +71,10 @@ class ReaderJob:
         self.label = f"reader {reader.name}"
         self.units = units_of(config, reader, model, problems, run)
         self.names: Sequence[str] = [unit.name for unit in self.units]
+        self._fits = fitting(model, self.units)
 
     def measure(self, number: int) -> None:
-        measure_unit(self.config, self.reader, self.model, self.units, number, self.run)
+        measure_unit(self.config, self.reader, self.model, self.units, number, self._fits, self.run)
 
     def known_checks(self) -> list[dict[str, Any]]:
         """The rows of its cross-check, if that was made and passed."""

@@ -38,7 +38,7 @@ from .reading import ChainReader, Trunk
 from .records import Record, RunDirectory, unit_id
 from .replies import Reply
 from .study import begin
-from .units import Unit, donors_of, measured_of, units_of
+from .units import Unit, donors_of, fitting, measured_of, units_of
 
 SAMPLED, REASONS = 4, 5
 SHARE = 0.8
@@ -214,7 +214,9 @@ class _Planner:
                 model.tally.rows["requests"] += 1
             else:
                 trunk = Trunk.of(model, chain, kind, labels)
-            return measured_of(self.config, reader, trunk, unit, donors_of(model, units, number))[0].records
+            return measured_of(self.config, reader, trunk, unit, donors_of(units, number, fitting(model, units)))[
+                0
+            ].records
         except CotfaithError:
             return []
 

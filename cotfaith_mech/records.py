@@ -329,23 +329,36 @@ class RunDirectory:
     def add_exclusions(self, rows: Iterable[Mapping[str, str | None]]) -> None:
         """Put down what was left out of the study beside its units (those have their own), and why: rows as of
         `read_exclusions`, absent keys None; the same twice is one line."""
-        known = self._common_exclusions()
-        kept = {tuple(row.values()): row for row in known}
-        for given in rows:
-            row = shared({name: given.get(name) for name in _EXCLUDED})
-            kept.setdefault(tuple(row.values()), row)
-        if len(kept) > len(known):
-            write_jsonl(self.path / "exclusions.jsonl", kept.values())
+        with self._exclusions() as known:
+            kept = {tuple(row.values()): row for row in known}
+            for given in rows:
+                row = shared({name: given.get(name) for name in _EXCLUDED})
+                kept.setdefault(tuple(row.values()), row)
+            known[:] = kept.values()
 
-    def _common_exclusions(self) -> list[dict[str, Any]]:
-        path = self.path / "exclusions.jsonl"
-        return read_jsonl(path) if path.is_file() else []
+    def withdraw_exclusions(self, **found: str) -> None:
+        """Strike out what `add_exclusions` put down with all these values: it could be measured after all."""
+        with self._exclusions() as known:
+            known[:] = [row for row in known if not found.items() <= row.items()]
 
-    def read_exclusions(self) -> list[dict[str, Any]]:
+    @contextmanager
+    def _exclusions(self) -> Iterator[list[dict[str, Any]]]:
+        """The rows of exclusions.jsonl, to be changed while no other process does."""
+        with lock(self.path / f"{PREFIX}-{_EXCLUSIONS}", wait=True):
+            rows = self.read_exclusions(of_units=False)
+            n = len(rows)
+            yield rows
+            if len(rows) != n:
+                write_jsonl(self.path / "exclusions.jsonl", rows)
+
+    def read_exclusions(self, *, of_units: bool = True) -> list[dict[str, Any]]:
         """What was left out: `problem_id chain_id reader stage reason` a row, those of units behind the others; empty
-        where nothing was."""
-        of_units = [row for meta in self._metas() for row in meta.get(_EXCLUSIONS, [])]
-        return list({tuple(row.values()): row for row in [*self._common_exclusions(), *of_units]}.values())
+        where nothing was. Those of units stand in each one's file, and are read with `of_units` alone."""
+        path = self.path / "exclusions.jsonl"
+        rows = read_jsonl(path) if path.is_file() else []
+        if of_units:
+            rows += [row for meta in self._metas() for row in meta.get(_EXCLUSIONS, [])]
+        return list({tuple(row.values()): row for row in rows}.values())
 
     def write_estimates(self, estimates: Sequence[Estimate]) -> None:
         """Write all estimates; a note is kept behind the method, after '; '."""

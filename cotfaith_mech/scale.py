@@ -22,7 +22,16 @@ from .errors import CotfaithError
 from .jobs import Job, PairJob, ReaderJob, info_of, load, pairs_of, pin
 from .privacy import at_home
 from .records import RunDirectory
-from .study import begin, leave_out_pair, note_reader, pin_inputs, problems_of, write_chains_of, write_manifest
+from .study import (
+    begin,
+    leave_out_pair,
+    note_reader,
+    pin_inputs,
+    problems_of,
+    take_back_pair,
+    write_chains_of,
+    write_manifest,
+)
 
 MOST_DEATHS = 3
 
@@ -131,6 +140,7 @@ def measure_on_ray(config: StudyConfig, out: str | Path, crew: Crew, progress: P
                 except CotfaithError as error:
                     leave_out_pair(run, reader, error)
                     continue
+                take_back_pair(run, reader)
                 gang.measure(run, progress, f"{config.readers[0].name} x {reader.name}")
     return run
 

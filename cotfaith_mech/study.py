@@ -148,12 +148,18 @@ def _run_pairs(
         except CotfaithError as error:
             leave_out_pair(run, reader, error)
             continue
+        take_back_pair(run, reader)
         for number in progress(missing, job.label):
             job.measure(number)
 
 
 def leave_out_pair(run: RunDirectory, reader: ReaderConfig, error: CotfaithError) -> None:
     run.add_exclusion(problem_id=ALL, reader=reader.name, stage="measure", reason=f"cross-model: {error}")
+
+
+def take_back_pair(run: RunDirectory, reader: ReaderConfig) -> None:
+    """What an earlier try gave as a reason holds no more."""
+    run.withdraw_exclusions(problem_id=ALL, reader=reader.name, stage="measure")
 
 
 def note_reader(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,7 @@ def measure_unit(
     model: TextReader,
     units: Sequence[Unit],
     number: int,
+    fits: Fits,
     run: RunDirectory,
 ) -> None:
     """Measure one of `units` and write it down, with what was left out of it and why; nothing where it is on disk.
@@ -105,7 +107,7 @@ def measure_unit(
         return
     try:
         trunk = open_chain(config, model, unit.chain, unit.problem)
-        measured, failed = measured_of(config, reader, trunk, unit, donors_of(model, units, number))
+        measured, failed = measured_of(config, reader, trunk, unit, donors_of(units, number, fits))
     except EndpointError:
         raise
     except CotfaithError as error:
@@ -116,12 +118,22 @@ def measure_unit(
     run.write_unit(unit.name, measured.records, _meta(reader.name, trunk, measured), left_out)
 
 
-def donors_of(model: TextReader, units: Sequence[Unit], number: int) -> list[Chain]:
-    """Chains of the unit's author to other problems that `model` can be shown, those that follow it first."""
+Fits = Callable[[int], bool]
+"""Whether the chain of the unit of this number can be shown to the reader."""
+
+
+def fitting(model: TextReader, units: Sequence[Unit]) -> Fits:
+    """Fits of `model`, looked at once a unit."""
+    return cache(lambda number: not no_room(model, units[number].chain.text, 0))
+
+
+def donors_of(units: Sequence[Unit], number: int, fits: Fits) -> list[Chain]:
+    """Chains of the unit's author to other problems that the reader can be shown, those that follow it first."""
     own = units[number].chain
-    others = (units[i % len(units)].chain for i in range(number + 1, number + len(units)))
-    found = (one for one in others if one.author == own.author and one.problem_id != own.problem_id)
-    return list(islice((one for one in found if not no_room(model, one.text, 0)), PATCH_DONORS))
+    others = (i % len(units) for i in range(number + 1, number + len(units)))
+    of_author = ((i, units[i].chain) for i in others if units[i].chain.author == own.author)
+    found = (chain for i, chain in of_author if chain.problem_id != own.problem_id and fits(i))
+    return list(islice(found, PATCH_DONORS))
 
 
 def measured_of(

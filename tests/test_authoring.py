@@ -16,7 +16,7 @@ from cotfaith_mech.errors import CotfaithError
 from cotfaith_mech.model import load
 from cotfaith_mech.organisms.rules import organism_problems
 from cotfaith_mech.study import measure_study
-from cotfaith_mech.units import donors_of, units_of
+from cotfaith_mech.units import donors_of, fitting, units_of
 
 ARMS = {
     "readers": [{"name": "base", "model": "organism:writer"}, {"name": "tuned", "model": "organism:mix_100"}],
@@ -64,12 +64,13 @@ def test_donors_are_chains_of_the_same_author_to_other_problems(run):
     problems, _ = read_problems(ARMS["problems"])
     model = load("organism:writer")
     units = units_of(config, config.readers[0], model, problems, run)
+    fits = fitting(model, units)
     for number, unit in enumerate(units):
-        donors = donors_of(model, units, number)
+        donors = donors_of(units, number, fits)
         assert {donor.author for donor in donors} <= {unit.chain.author}
         assert unit.chain.problem_id not in {donor.problem_id for donor in donors}
     supplied = [number for number, unit in enumerate(units) if unit.chain.author == "supplied"]
-    assert [len(donors_of(model, units, number)) for number in supplied] == [2, 2, 2]
+    assert [len(donors_of(units, number, fits)) for number in supplied] == [2, 2, 2]
 
 
 def test_a_problem_without_its_own_chain_keeps_the_others(tmp_path):

@@ -31,7 +31,7 @@ from cotfaith_mech.paraphrasers import by_model, by_rules
 from cotfaith_mech.records import Record, RunDirectory
 from cotfaith_mech.report.build import write_page
 from cotfaith_mech.study import measure_study
-from cotfaith_mech.units import donors_of, units_of
+from cotfaith_mech.units import donors_of, fitting, units_of
 
 from .tiny import tiny, tokenizer
 from .tiny_study import STEPS, write_tiny_model, write_tiny_study
@@ -134,7 +134,10 @@ def test_a_problem_with_a_special_token_is_left_out_and_harms_no_other(tmp_path:
     assert "'<eos>', a special token" in told["p2"]
     model = load(config.readers[0].model)
     units = units_of(config, config.readers[0], model, read_problems(config.problems)[0], run)
-    assert [[donor.problem_id for donor in donors_of(model, units, i)] for i in (0, 3)] == [["p3"], ["p0"]]
+    assert [[donor.problem_id for donor in donors_of(units, i, fitting(model, units))] for i in (0, 3)] == [
+        ["p3"],
+        ["p0"],
+    ]
 
 
 def test_a_step_with_a_special_token_is_not_shown_to_the_paraphraser(tiny_model: HuggingFaceModel) -> None:

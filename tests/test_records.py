@@ -203,6 +203,10 @@ def test_exclusions_are_written_once(run):
         run.add_exclusion(**row)
     run.add_exclusion(**{**row, "reader": "B"})
     assert RunDirectory(run.path).read_exclusions() == [row, {**row, "reader": "B"}]
+    run.withdraw_exclusions(reader="B", stage="nothing")
+    assert len(run.read_exclusions()) == 2
+    run.withdraw_exclusions(reader="B", stage=row["stage"])
+    assert run.read_exclusions() == [row]
 
 
 def test_chains_come_back_and_a_bad_line_is_numbered(run):

@@ -177,7 +177,9 @@ def test_a_pair_that_cannot_be_spliced_costs_the_study_nothing_else_and_is_resum
     assert set(first.read_records().reader) == {"A", "B"}
     n_before = len(first.read_records())
     monkeypatch.setattr("cotfaith_mech.crossmodel.Pair.of", of)
-    found = measure_study(parse_config(PAIR), tmp_path / "pair").read_records()
+    again = measure_study(parse_config(PAIR), tmp_path / "pair")
+    assert not [row for row in again.read_exclusions() if row["reason"].startswith("cross-model")]
+    found = again.read_records()
     crossed = found[found.measure == "cross_model"]
     assert set(crossed.reader) == {"B"}
     assert len(crossed) == len(found) - n_before == 3 * 4 * 3
