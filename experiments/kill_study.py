@@ -2,9 +2,10 @@
 
     python experiments/kill_study.py --kills 50 --out kills.json
 
-A child process measures the study and is killed (SIGKILL) after a random part of the time that a whole run takes; the
-next child resumes the directory. A run that ends is compared (records, chains, what was left out, row for row), and
-another is begun until there were enough kills. The models are the package's organisms, the study real.
+A child process measures the study, concludes and compacts it, and is killed (SIGKILL) at a random moment; the next
+child resumes the directory. A run that ends is compared (records, chains, what was left out, estimates, conclusions,
+the kept copy; row for row), and another is begun until there were enough kills. The models are the package's organisms,
+the study real.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from typing import Any
 
 import torch
 
+from cotfaith_mech.conclude import conclude
 from cotfaith_mech.config import StudyConfig, parse_config
 from cotfaith_mech.records import RunDirectory
 from cotfaith_mech.study import measure_study
+
+MOST_AFTER_MEASURING = 4
+"""Kills of one run, so that the others fall while it is measured."""
 
 
 def study(n_problems: int) -> StudyConfig:
@@ -48,16 +53,37 @@ def study(n_problems: int) -> StudyConfig:
 def content(run: RunDirectory) -> list[Any]:
     """What two runs of one study share, row for row."""
     chains = [json.dumps(row, sort_keys=True) for row in run.read_chains()]
-    return [run.read_records().to_json(), chains, run.read_exclusions(), run.read_unit_meta()]
+    manifest = run.read_manifest()
+    concluded = [manifest[name] for name in ("checks", "counts", "conclusion", "verdicts", "disagreements", "pinned")]
+    estimates = repr(run.read_estimates())
+    return [run.read_records().to_json(), chains, run.read_exclusions(), run.read_unit_meta(), estimates, concluded]
+
+
+def everything(config: StudyConfig, out: Path) -> list[float]:
+    """Run the study in `out`/run and keep a copy; the seconds that measuring and the rest took."""
+    started = time.perf_counter()
+    run = measure_study(config, out / "run")
+    measured = time.perf_counter()
+    with run.writing():
+        conclude(run)
+        run.compacted(out / "kept")
+    return [measured - started, time.perf_counter() - measured]
+
+
+def contents(out: Path) -> list[Any]:
+    run, kept = RunDirectory(out / "run"), RunDirectory(out / "kept")
+    page = (run.path / "report.html").read_text()
+    assert page.rstrip().endswith("</html>"), page[-20:]
+    return [content(run), content(kept), sorted(path.name for path in run.figures.iterdir())]
 
 
 def child(config: StudyConfig, out: Path) -> int:
-    """A forked process that measures the study; its number."""
+    """A forked process that runs the study; its number."""
     number = os.fork()
     if number:
         return number
     try:
-        measure_study(config, out)
+        everything(config, out)
         os._exit(0)
     finally:
         traceback.print_exc()
@@ -65,37 +91,38 @@ def child(config: StudyConfig, out: Path) -> int:
 
 
 def kill_again_and_again(kills: int, seed: int, n_problems: int, folder: Path) -> dict[str, Any]:
-    """How many kills were survived, where they fell, and in how many runs."""
+    """How many kills were survived, at how many finished units each fell, and in how many runs."""
     rng, config = random.Random(seed), study(n_problems)
-    whole = content(measure_study(config, folder / "whole"))
-    started = time.perf_counter()
-    measure_study(config, folder / "timed")
-    seconds = time.perf_counter() - started
-    survived, runs, units_at_kill = 0, 0, []
-    while survived < kills:
-        out, ended = folder / f"run{runs}", False
-        while not ended:
+    everything(config, folder / "warm")
+    measuring, concluding = everything(config, folder / "whole")
+    whole = contents(folder / "whole")
+    n_units, at_kill = RunDirectory(folder / "whole" / "run").n_units(), []
+    while sum(map(len, at_kill)) < kills:
+        out, of_run = folder / f"run{len(at_kill)}", []
+        at_kill.append(of_run)
+        while True:
             process = child(config, out)
-            time.sleep(rng.random() ** 2 * seconds / 3 if survived < kills else 1e-3)
-            if survived < kills:
+            if sum(map(len, at_kill)) < kills and of_run.count(n_units) < MOST_AFTER_MEASURING:
+                measured = of_run and of_run[-1] == n_units
+                time.sleep(1.5 * concluding * rng.random() if measured else measuring / 2 * rng.random() ** 2)
                 os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, 0)
-            if os.WIFSIGNALED(status):
-                survived += 1
-                units_at_kill.append(len(list((out / "records").glob("*.parquet"))))
-            elif os.WEXITSTATUS(status):
-                raise SystemExit(f"A resumed run failed after {survived} kills.")
-            else:
-                ended = True
-        runs += 1
-        if content(RunDirectory(out)) != whole:
-            raise SystemExit(f"Run {runs} differs from the unkilled one after {survived} kills.")
+            if os.WIFEXITED(status):
+                break
+            of_run.append(len(list((out / "run" / "records").glob("*.parquet"))))
+        if status:
+            raise SystemExit(f"A resumed run failed: {at_kill} units were finished at the kills.")
+        if contents(out) != whole:
+            raise SystemExit(
+                f"A resumed run differs from the unkilled one: {at_kill} units were finished at the kills."
+            )
     return {
-        "kills": survived,
-        "runs": runs,
-        "units": len(whole[3]),
-        "seconds_of_a_run": round(seconds, 2),
-        "units_finished_at_each_kill": units_at_kill,
+        "kills": sum(map(len, at_kill)),
+        "of_them_after_measuring": sum(of_run.count(n_units) for of_run in at_kill),
+        "runs": len(at_kill),
+        "units": n_units,
+        "seconds_of_a_run": [round(measuring, 2), round(concluding, 2)],
+        "units_finished_at_each_kill": at_kill,
         "equal": True,
     }
 
