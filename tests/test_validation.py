@@ -161,13 +161,13 @@ def test_without_records_no_step_is_found() -> None:
 
 
 def test_routes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = list(routes(silent, 2, seed=3))
+    checks = list(routes(silent, 1, seed=3))
     assert len(checks) == 3 * 8
     assert [check.check for check in checks if not check.passed] == []
     swapped = {"direct": (0.0, 1.0), "via_later": (1.0, 0.0), "both": (1.0, 1.0)}
     monkeypatch.setattr(recovery, "ROUTE_LOSSES", swapped)
     monkeypatch.setattr(recovery, "ROUTES", {"direct": None})
-    failed = [check.check for check in routes(silent, 2, seed=3) if not check.passed]
+    failed = [check.check for check in routes(silent, 1, seed=3) if not check.passed]
     assert len(failed) == 4
 
 
