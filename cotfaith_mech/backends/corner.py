@@ -354,7 +354,7 @@ class CornerRun:
         try:
             for layer, count in joins.items():
                 rows = self._residual[layer, start:stop].to(self._row.device).expand(count, -1, -1)
-                hook = _joiner(rows.clone(), alone=layer == first)
+                hook = partial(_join, rows.clone(), layer == first)
                 handles.append(modules[layer].register_forward_pre_hook(hook, with_kwargs=True))
             executed = range(first, len(original) if top is None else top)
             decoder.layers = nn.ModuleList(m if i in executed else _PassThrough() for i, m in enumerate(original))
@@ -439,11 +439,12 @@ class CornerRun:
         reads = list(batch.reads())
         places = {place: i for i, place in enumerate(dict.fromkeys((r, s) for r, slots in reads for s in slots))}
         row, slot = torch.tensor(list(places), device=device).T
-        masks = {window: self._mask(batch, start, window) for window in {m.window for m in model.layout.layers}}
+        windows = {modules.window for modules in model.layout.layers}
+        masked = {window: partial(_put_mask, self._mask(batch, start, window)) for window in windows}
         with ExitStack() as stack:
             for modules in model.layout.layers:
-                hook = _masked(masks[modules.window])
-                stack.callback(modules.layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                hook = modules.layer.register_forward_pre_hook(masked[modules.window], with_kwargs=True)
+                stack.callback(hook.remove)
             only_read = model.layout.unembed.register_forward_pre_hook(
                 lambda _, args: (args[0][row.to(args[0].device), slot.to(args[0].device)][None],)
             )
@@ -473,18 +474,15 @@ def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def _masked(mask: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+def _put_mask(
+    mask: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Layer pre-hook that puts `mask` in place of the one the model made."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "attention_mask": mask}
-
-    return hook
+    return args, {**kwargs, "attention_mask": mask}
 
 
-def _joiner(rows: Tensor, alone: bool) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        hidden = rows if alone else torch.cat([args[0], rows.to(args[0].device)])
-        return (hidden, *args[1:]), kwargs
-
-    return hook
+def _join(
+    rows: Tensor, alone: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    hidden = rows if alone else torch.cat([args[0], rows.to(args[0].device)])
+    return (hidden, *args[1:]), kwargs

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +54,7 @@ def _scaled_rows(
         for layer in set(layers):
             scale = torch.tensor([scale for at, scale in pairs if at == layer], device=run.model.info.device)
             o_proj = run.model.layout.layers[layer].attention.o_proj
-            stack.callback(o_proj.register_forward_pre_hook(_scaling(leaves, layer, scale)).remove)
+            stack.callback(o_proj.register_forward_pre_hook(partial(_scale, leaves, layer, scale)).remove)
         logits = run._forward(run._row[:, position : position + 1], position, 1)
         values = readout(logits.float())
         gradients = torch.autograd.grad(values.sum(), [leaves[layer] for layer in sorted(leaves)])
@@ -61,16 +62,14 @@ def _scaled_rows(
     return heads_view(z, run.model.info.d_head).float().cpu(), values.detach().cpu()
 
 
-def _scaling(leaves: dict[int, Tensor], layer: int, scale: Float[Tensor, "own"]) -> Any:
+def _scale(
+    leaves: dict[int, Tensor], layer: int, scale: Float[Tensor, "own"], module: Any, args: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Scales z of the rows that have just joined, the last ones, and keeps what was scaled as a leaf."""
-
-    def hook(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        z, n = args[0], len(scale)
-        leaf = (z[-n:] * scale[:, None, None].to(z)).detach().requires_grad_()
-        leaves[layer] = leaf
-        return (torch.cat([z[:-n], leaf]), *args[1:])
-
-    return hook
+    z, n = args[0], len(scale)
+    leaf = (z[-n:] * scale[:, None, None].to(z)).detach().requires_grad_()
+    leaves[layer] = leaf
+    return (torch.cat([z[:-n], leaf]), *args[1:])
 
 
 def site_gradients(
@@ -89,7 +88,7 @@ def site_gradients(
             stack.callback(layout.layers[0].layer.register_forward_pre_hook(_rooted, with_kwargs=True).remove)
             for number, modules in enumerate(layout.layers):
                 for module in (modules.attn_out, modules.mlp_out):
-                    stack.callback(module.register_forward_hook(_gate(closed, number)).remove)
+                    stack.callback(module.register_forward_hook(partial(_gate, closed, number)).remove)
             logits = run.model.weights.model(input_ids=run._row, use_cache=False, logits_to_keep=n_logits).logits
             return readout(logits.float()).sum()
 
@@ -114,20 +113,15 @@ def site_gradients(
 def _keep(stack: ExitStack, layout: Layout, site: Site, seen: dict[Site, Tensor]) -> None:
     """Put the flat tensor of a q, k, v or z site into `seen` when the pass computes it."""
     attention = layout.layers[site.layer].attention
-
-    def keep_input(module: Any, args: tuple[Tensor, ...]) -> None:
-        seen[site] = args[0]
-
-    def keep_output(module: Any, args: Any, out: Tensor) -> None:
-        seen[site] = out
-
     if site.kind == "z":
-        stack.callback(attention.o_proj.register_forward_pre_hook(keep_input).remove)
+        hook = attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update({site: args[0]}))
+        stack.callback(hook.remove)
         return
     projection = getattr(attention, f"{site.kind}_proj", None)
     if projection is None:
         raise CotfaithError(f"{site}: this architecture fuses q, k and v; take gradients at z instead.")
-    stack.callback(projection.register_forward_hook(keep_output).remove)
+    hook = projection.register_forward_hook(lambda _, args, out: seen.update({site: out}))
+    stack.callback(hook.remove)
 
 
 def _rooted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -137,11 +131,7 @@ def _rooted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden.requires_grad_()
 
 
-def _gate(closed: list[int | None], number: int) -> Any:
+def _gate(closed: list[int | None], number: int, module: Any, args: Any, out: Any) -> None:
     """Lets no gradient back through what this module wrote while its layer is the closed one."""
-
-    def hook(module: Any, args: Any, out: Any) -> None:
-        written = out if isinstance(out, Tensor) else out[0]
-        written.register_hook(lambda gradient: gradient * (closed[0] != number))
-
-    return hook
+    written = out if isinstance(out, Tensor) else out[0]
+    written.register_hook(lambda gradient: gradient * (closed[0] != number))

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,12 +137,13 @@ def hooked(
                 if row_edit.edit.op == "knockout":
                     cuts[site.layer].append(row_edit)
                 continue
-            _attach(stack, layout, site, d_head, _editor(row_edit, fired, number))
+            _attach(stack, layout, site, d_head, partial(_edit, row_edit, fired, number))
         for layer, layer_cuts in cuts.items():
-            handle = layout.layers[layer].layer.register_forward_pre_hook(_cutter(layer_cuts), with_kwargs=True)
+            cut = partial(_cut, [plain_cut(one) for one in layer_cuts], layer_cuts[0].offset)
+            handle = layout.layers[layer].layer.register_forward_pre_hook(cut, with_kwargs=True)
             stack.callback(handle.remove)
         for site in read:
-            _attach(stack, layout, site, d_head, _reader(store, site, keep))
+            _attach(stack, layout, site, d_head, partial(_read, store, site, keep))
         yield store
         expected = {number for number, row_edit in enumerate(edits) if row_edit.edit.site.kind != "pattern"}
         silent = [str(edits[number].edit) for number in expected - fired] + [str(s) for s in read if s not in store]
@@ -166,7 +168,9 @@ def _attach(stack: ExitStack, layout: Layout, site: Site, d_head: int, act: Call
     elif site.kind == "pattern":
         handle = modules.attention.register_forward_hook(lambda _, args, out: act(out[1]))
     elif site.kind == "resid_pre":
-        handle = modules.layer.register_forward_pre_hook(_on_hidden(act), with_kwargs=True)
+        handle = modules.layer.register_forward_pre_hook(
+            lambda _, args, kwargs: act(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
     elif site.kind == "resid_mid":
         handle = modules.mid_norm.register_forward_pre_hook(lambda _, args: act(args[0]))
     else:
@@ -175,19 +179,9 @@ def _attach(stack: ExitStack, layout: Layout, site: Site, d_head: int, act: Call
     stack.callback(handle.remove)
 
 
-def _on_hidden(act: Callable[[Tensor], None]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        act(args[0] if args else kwargs["hidden_states"])
-
-    return hook
-
-
-def _editor(row_edit: RowEdit, fired: set[int], number: int) -> Callable[[Tensor], None]:
-    def act(tensor: Tensor) -> None:
-        apply_edit(tensor, row_edit)
-        fired.add(number)
-
-    return act
+def _edit(row_edit: RowEdit, fired: set[int], number: int, tensor: Tensor) -> None:
+    apply_edit(tensor, row_edit)
+    fired.add(number)
 
 
 def apply_edit(tensor: Tensor, row_edit: RowEdit) -> None:
@@ -215,13 +209,10 @@ def _places(positions: Sequence[int], offset: int, tensor: Tensor) -> slice | Te
     return sent(torch.tensor(places), tensor.device)
 
 
-def _reader(store: dict[Site, Tensor], site: Site, keep: Callable[[Site, Tensor], Tensor]) -> Callable[[Tensor], None]:
-    def act(tensor: Tensor) -> None:
-        if site.head is not None:
-            tensor = tensor[:, site.head] if site.kind == "pattern" else tensor[..., site.head, :]
-        store[site] = keep(site, tensor)
-
-    return act
+def _read(store: dict[Site, Tensor], site: Site, keep: Callable[[Site, Tensor], Tensor], tensor: Tensor) -> None:
+    if site.head is not None:
+        tensor = tensor[:, site.head] if site.kind == "pattern" else tensor[..., site.head, :]
+    store[site] = keep(site, tensor)
 
 
 def plain_cut(cut: RowEdit) -> Cut:
@@ -229,15 +220,11 @@ def plain_cut(cut: RowEdit) -> Cut:
     return cut.rows, cut.edit.site.head, [p - cut.offset for p in cut.edit.positions], cut.edit.keys
 
 
-def _cutter(cuts: Sequence[RowEdit]) -> Callable[..., tuple[Any, dict[str, Any]]]:
+def _cut(
+    cuts: Sequence[Cut], offset: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Layer pre-hook that takes the cut edges out of whatever mask the model made for itself."""
-
-    plain, offset = [plain_cut(cut) for cut in cuts], cuts[0].offset
-
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        n_heads = module.self_attn.config.num_attention_heads
-        mask = cut_mask(plain, offset, hidden, kwargs.get("attention_mask"), n_heads)
-        return args, {**kwargs, "attention_mask": mask}
-
-    return hook
+    hidden = args[0] if args else kwargs["hidden_states"]
+    n_heads = module.self_attn.config.num_attention_heads
+    mask = cut_mask(cuts, offset, hidden, kwargs.get("attention_mask"), n_heads)
+    return args, {**kwargs, "attention_mask": mask}

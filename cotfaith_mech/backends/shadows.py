@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,18 +89,20 @@ def shadowed(
             values: Any = cache and cache.layers[layer]
             values.zeroed.append((shadow.shadows, list(own[0].keys)))
             hook = layout.layers[layer].attention.o_proj.register_forward_pre_hook(
-                _handing_over(shadow, own, offset, d_head)
+                partial(_hand_over, shadow, own, offset, d_head)
             )
             stack.callback(hook.remove)
         for row_edit in replaced:
             layer = row_edit.edit.site.layer
             shown: Any = cache and cache.layers[layer]
             shown.values_seen = torch.empty(0)
-            hook = layout.layers[layer].attention.o_proj.register_forward_pre_hook(_weighing(row_edit, shown, d_head))
+            hook = layout.layers[layer].attention.o_proj.register_forward_pre_hook(
+                partial(_weigh, row_edit, shown, d_head)
+            )
             stack.callback(hook.remove)
         stack.enter_context(edits)
         for shadow, layer, _ in at_work:
-            hook = layout.layers[layer].layer.register_forward_pre_hook(_input_of(shadow), with_kwargs=True)
+            hook = layout.layers[layer].layer.register_forward_pre_hook(partial(_repeat, shadow), with_kwargs=True)
             stack.callback(hook.remove)
         yield
 
@@ -111,49 +114,45 @@ def _by_layer(shadow: Shadow) -> dict[int, list[ActivationEdit]]:
     return by_layer
 
 
-def _input_of(shadow: Shadow) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        hidden[shadow.shadows] = hidden[shadow.rows]
-
-    return hook
+def _repeat(shadow: Shadow, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    hidden[shadow.shadows] = hidden[shadow.rows]
 
 
-def _handing_over(shadow: Shadow, edits: Sequence[ActivationEdit], offset: int, d_head: int) -> Any:
+def _hand_over(
+    shadow: Shadow,
+    edits: Sequence[ActivationEdit],
+    offset: int,
+    d_head: int,
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+) -> None:
     queries = [position - offset for position in edits[0].positions]
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        z = heads_view(args[0], d_head)
-        for edit in edits:
-            heads = slice(None) if edit.site.head is None else slice(edit.site.head, edit.site.head + 1)
-            z[shadow.rows, queries, heads] = z[shadow.shadows, queries, heads]
-
-    return hook
+    z = heads_view(args[0], d_head)
+    for edit in edits:
+        heads = slice(None) if edit.site.head is None else slice(edit.site.head, edit.site.head + 1)
+        z[shadow.rows, queries, heads] = z[shadow.shadows, queries, heads]
 
 
-def _weighing(row_edit: RowEdit, shown: Any, d_head: int) -> Any:
+def _weigh(row_edit: RowEdit, shown: Any, d_head: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
     """Puts given weights times the values in `shown` in place of z, at the rows, queries and head of the edit."""
     edit, head = row_edit.edit, row_edit.edit.site.head
     queries = [position - row_edit.offset for position in edit.positions]
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        z = heads_view(args[0], d_head)
-        values = shown.values_seen[row_edit.rows]
-        n_heads, n_kv = z.shape[2], values.shape[1]
-        weights = edit.value.to(z)
-        expected = (n_heads,) if head is None else ()
-        if weights.shape[1:-1] != expected or weights.shape[-1] > values.shape[2]:
-            raise CotfaithError(
-                f"{edit}: weights have shape {tuple(weights.shape)}, the site needs [query, *{list(expected)}, key] "
-                f"with at most {values.shape[2]} keys."
-            )
-        values = values[:, :, : weights.shape[-1]]
-        if head is not None:
-            own = values[:, head // (n_heads // n_kv)]
-            z[row_edit.rows, queries, head] = einsum(weights, own, "query key, row key d -> row query d")
-            return
-        weights = rearrange(weights, "query (kv group) key -> query kv group key", kv=n_kv)
-        new = einsum(weights, values, "query kv group key, row kv key d -> row query kv group d")
-        z[row_edit.rows, queries] = rearrange(new, "row query kv group d -> row query (kv group) d")
-
-    return hook
+    z = heads_view(args[0], d_head)
+    values = shown.values_seen[row_edit.rows]
+    n_heads, n_kv = z.shape[2], values.shape[1]
+    weights = edit.value.to(z)
+    expected = (n_heads,) if head is None else ()
+    if weights.shape[1:-1] != expected or weights.shape[-1] > values.shape[2]:
+        raise CotfaithError(
+            f"{edit}: weights have shape {tuple(weights.shape)}, the site needs [query, *{list(expected)}, key] "
+            f"with at most {values.shape[2]} keys."
+        )
+    values = values[:, :, : weights.shape[-1]]
+    if head is not None:
+        own = values[:, head // (n_heads // n_kv)]
+        z[row_edit.rows, queries, head] = einsum(weights, own, "query key, row key d -> row query d")
+        return
+    weights = rearrange(weights, "query (kv group) key -> query kv group key", kv=n_kv)
+    new = einsum(weights, values, "query kv group key, row kv key d -> row query kv group d")
+    z[row_edit.rows, queries] = rearrange(new, "row query kv group d -> row query (kv group) d")
