@@ -224,9 +224,15 @@ class Endpoint:
         for tried in range(self.max_retries + 1):
             try:
                 reply = read_reply(self._body(client, request, **options))
-                return replace(reply, text=self._hidden(reply.text, SHORTEST_SECRET))
             except NoReplyError as amiss:
                 told = self._hidden(str(amiss))[:300]
+            else:
+                if reply.withheld:
+                    raise CotfaithError(
+                        f"{self._shown} withheld a reply of {self.model!r} (finish_reason content_filter); leave this "
+                        "chain out, or ask a server without that filter."
+                    )
+                return replace(reply, text=self._hidden(reply.text, SHORTEST_SECRET))
             if tried < self.max_retries:
                 time.sleep(min(first * 2**tried, longest))
         raise EndpointError(

@@ -19,12 +19,13 @@ ROUNDING = 1e-3
 class Reply:
     """A reply, and whether it was cut off at the most tokens; `first` are the listed log-probabilities (nats) at its
     first visible token, empty where none are given, NaN where one is no log-probability; `n_tokens` the tokens of its
-    prompt (None: the server does not say)."""
+    prompt (None: the server does not say); `withheld` that a filter kept back some or all of it."""
 
     text: str
     cut: bool = False
     first: tuple[tuple[str, float], ...] = ()
     n_tokens: int | None = None
+    withheld: bool = False
 
     @property
     def undefined(self) -> bool:
@@ -49,7 +50,8 @@ def read_reply(body: str) -> Reply:
         case _:
             raise NoReplyError("it holds no message")
     text = _text(message.get("content")).encode("utf-8", "replace").decode()
-    return Reply(text, choice.get("finish_reason") == "length", _first_listed(choice.get("logprobs")), _n_tokens(whole))
+    ended, listed = choice.get("finish_reason"), _first_listed(choice.get("logprobs"))
+    return Reply(text, ended == "length", listed, _n_tokens(whole), ended == "content_filter")
 
 
 def _text(content: Any) -> str:

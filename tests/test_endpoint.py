@@ -384,17 +384,29 @@ def test_a_dead_endpoint_stops_the_study_and_it_resumes(server: Server, tmp_path
     assert len(run.read_unit_meta()) == 2
 
 
-def test_a_request_that_one_chain_cannot_have_leaves_that_chain_out(server: Server, tmp_path: Path) -> None:
+def withheld() -> tuple[int, dict[str, str], dict[str, Any]]:
+    status, headers, body = ok("The ans")
+    body["choices"][0]["finish_reason"] = "content_filter"
+    return status, headers, body
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [(refused(400, "context length exceeded"), "context length exceeded"), (withheld(), "withheld a reply of 'm'")],
+    ids=["refused", "withheld"],
+)
+def test_a_request_that_one_chain_cannot_have_leaves_that_chain_out(
+    server: Server, tmp_path: Path, reply: Any, told: str
+) -> None:
     first = read_problems("arithmetic:2")[0][0].question
 
     def behave(body: dict[str, Any]) -> tuple[int, dict[str, str], dict[str, Any]]:
-        too_long = body["messages"][0]["content"].startswith(first)
-        return refused(400, "context length exceeded") if too_long else says_the_last_number(body)
+        return reply if body["messages"][0]["content"].startswith(first) else says_the_last_number(body)
 
     server.behave = behave
     run = run_study(parse_config(study_of(server, continue_tokens=0)), tmp_path / "run")
     assert len(run.read_unit_meta()) == 1
-    assert "context length exceeded" in run.read_exclusions()[0]["reason"]
+    assert told in run.read_exclusions()[0]["reason"]
 
 
 @pytest.mark.parametrize("verb", ["patch", "attribute", "compare"])
