@@ -29,8 +29,9 @@ from cotfaith_mech.config import StudyConfig, parse_config
 from cotfaith_mech.records import RunDirectory
 from cotfaith_mech.study import measure_study
 
-MOST_AFTER_MEASURING = 4
-"""Kills of one run, so that the others fall while it is measured."""
+QUIETLY = os.WEXITED | os.WNOHANG | os.WNOWAIT
+MOST_WHILE_MEASURING, MOST_AFTER = 12, 2
+"""Kills of one run: behind these it is left to measure, and then to end."""
 
 
 def study(n_problems: int) -> StudyConfig:
@@ -90,26 +91,34 @@ def child(config: StudyConfig, out: Path) -> int:
         os._exit(1)
 
 
+def finished(out: Path) -> int:
+    """How many units are on disk."""
+    return len(list((out / "run" / "records").glob("*.parquet")))
+
+
 def kill_again_and_again(kills: int, seed: int, n_problems: int, folder: Path) -> dict[str, Any]:
     """How many kills were survived, at how many finished units each fell, and in how many runs."""
     rng, config = random.Random(seed), study(n_problems)
     everything(config, folder / "warm")
     measuring, concluding = everything(config, folder / "whole")
-    whole = contents(folder / "whole")
-    n_units, at_kill = RunDirectory(folder / "whole" / "run").n_units(), []
+    whole, n_units, at_kill = contents(folder / "whole"), finished(folder / "whole"), []
     while sum(map(len, at_kill)) < kills:
         out, of_run = folder / f"run{len(at_kill)}", []
         at_kill.append(of_run)
         while True:
             process = child(config, out)
-            if sum(map(len, at_kill)) < kills and of_run.count(n_units) < MOST_AFTER_MEASURING:
-                measured = of_run and of_run[-1] == n_units
-                time.sleep(1.5 * concluding * rng.random() if measured else measuring / 2 * rng.random() ** 2)
+            if sum(map(len, at_kill)) < kills and of_run.count(n_units) < MOST_AFTER:
+                if len(of_run) < MOST_WHILE_MEASURING and finished(out) < n_units:
+                    time.sleep(measuring / 2 * rng.random() ** 2)
+                else:
+                    while finished(out) < n_units and os.waitid(os.P_PID, process, QUIETLY) is None:
+                        time.sleep(0.01)
+                    time.sleep(1.2 * concluding * rng.random())
                 os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, 0)
             if os.WIFEXITED(status):
                 break
-            of_run.append(len(list((out / "run" / "records").glob("*.parquet"))))
+            of_run.append(finished(out))
         if status:
             raise SystemExit(f"A resumed run failed: {at_kill} units were finished at the kills.")
         if contents(out) != whole:
