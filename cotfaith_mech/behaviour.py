@@ -27,6 +27,7 @@ from .paraphrasers import Paraphrases, by_rules
 from .problems import Conflict, Problem
 from .reading import ChainReader, Reading
 from .sampling import no_room, write_on
+from .seeds import seed_of
 from .variants import BehaviourPlan, Editing, Variant, beginnings, edited_chains
 
 
@@ -96,7 +97,7 @@ def _continued(trunk: ChainReader, editing: Editing) -> Iterable[Variant]:
         [variant.chain for variant in begun],
         max_new_tokens=editing.plan.continue_tokens,
         temperature=editing.plan.temperature,
-        seed=editing.seed,
+        seeds=[seed_of([editing.seed, one.measure, one.step, one.seed]) for one in begun],
     )
     for variant, chain in zip(begun, chains, strict=True):
         yield replace(variant, chain=chain)

@@ -15,27 +15,30 @@ from .outcomes import Table
 
 MOST_HEADS = 28
 """Heads in a head x step map: those that move the answer most."""
+MOST_STEPS = 60
+"""Steps that are named in a map of a chain; of a longer one every n-th is, and the one the answer rests on."""
 
 
 def chain_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Figure:
     """Layer x step effect of one chain with the steps' own text, one panel a reader; a dot marks the true step."""
     readers = views.present(readers, cells)
     layers, steps = sorted(cells["layer"].unique()), list(range(len(chain["steps"])))
-    figure = Figure(figsize=(PAPER_WIDTH, 1.2 + 0.36 * len(steps)))
+    named = _named(len(steps), chain.get("true_step"))
+    figure = Figure(figsize=(PAPER_WIDTH, 1.2 + 0.36 * len(named)))
     axes = figure.subplots(1, len(readers), squeeze=False)[0]
     limit = limit_of(cells["effect"].to_numpy(float))
     for axis, reader in zip(axes, readers, strict=True):
         one = cells[cells["reader"] == reader]
         wide = one.pivot_table(index="step", columns="layer", values="effect").reindex(index=steps, columns=layers)
-        draw_map(axis, wide.to_numpy(float), limit)
+        draw_map(axis, wide.to_numpy(float), limit, lines=len(steps) <= MOST_STEPS)
         axis.set_xlabel("layer of the patch")
         label_ticks(axis, "x", layers, most=8)
         axis.set_yticks([])
     title_panels(figure, axes, [f"reader {reader}" for reader in readers], width=34)
-    marks = ["● " if step == chain.get("true_step") else "" for step in steps]
-    texts = [textwrap.shorten(drawable(step), 78, placeholder=" …") for step in chain["steps"]]
+    marks = ["● " if step == chain.get("true_step") else "" for step in named]
+    texts = [textwrap.shorten(drawable(chain["steps"][step]), 78, placeholder=" …") for step in named]
     labels = [f"{mark}{textwrap.fill(text, 40)}" for mark, text in zip(marks, texts, strict=True)]
-    axes[0].set_yticks([step + 0.5 for step in steps], labels, fontsize=6.5)
+    axes[0].set_yticks([step + 0.5 for step in named], labels, fontsize=6.5)
     variant = cells["variant"].iloc[0]
     draw_scale(figure, axes, limit, f"Δ logit difference\n({variant}, logits)")
     figure.suptitle(
@@ -85,8 +88,9 @@ def tokens_figure(cells: Table, chain: dict[str, Any], readers: list[str], varia
         for at in starts:
             axis.axvline(positions.index(at), color="#444444", linewidth=0.6)
     word = "step " if len(starts) <= 8 else ""
-    marks = [_marked(chain, int(step), word) for step in starts.index]
-    axes[-1].set_xticks([positions.index(at) for at in starts], marks, ha="left")
+    named = set(_named(len(chain["steps"]), chain.get("true_step")))
+    marked = {positions.index(at): _marked(chain, int(step), word) for step, at in starts.items() if step in named}
+    axes[-1].set_xticks(list(marked), list(marked.values()), ha="left")
     axes[-1].set_xlabel("token of the chain, by step")
     draw_scale(figure, axes, limit, f"Δ logit difference\n({variant}, logits)")
     figure.suptitle(f"Problem {drawable(chain['problem_id'])}: single tokens (● the answer's step)", fontsize=8.5)
@@ -113,6 +117,15 @@ def matrix_figure(cells: Table, chain: dict[str, Any], readers: list[str]) -> Fi
         f"Problem {drawable(chain['problem_id'])}: attention between steps (● the answer's step)", fontsize=8.5
     )
     return figure
+
+
+def _named(n_steps: int, true_step: int | None) -> list[int]:
+    """The steps that are named, MOST_STEPS at most."""
+    every = max(1, -(-n_steps // MOST_STEPS))
+    named = list(range(0, n_steps, every))
+    if true_step is not None:
+        named[true_step // every] = true_step
+    return named
 
 
 def _marked(chain: dict[str, Any], step: int, word: str = "") -> str:

@@ -158,7 +158,7 @@ class StudyConfig(_Strict):
     crosscheck_cells: int = Field(4, ge=0)
     primary: tuple[str, ...] = PRIMARY
     labels: dict[str, str | int] = {}
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     keep_on_cpu: bool = False

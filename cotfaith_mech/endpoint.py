@@ -31,7 +31,7 @@ from .model import ReaderInfo
 from .problems import AnswerKind
 from .reading import MIN_LABEL_MASS, Answered, Asked, Reading, check_label_mass
 from .replies import NoReplyError, Reply, read_reply
-from .seeds import seed_of
+from .seeds import check_seeds, seed_of
 
 GO_ON = "Go on from exactly where you stopped; do not repeat anything."
 COMPLETE = "{cue} …\nComplete this sentence. Reply only with {form}."
@@ -152,6 +152,7 @@ class Endpoint:
         assistant's and the user asks to go on; what comes back is set off by a space."""
         starts = [""] * len(prompts) if begun is None else begun
         talks = [_begun(prompt, start) for prompt, start in zip(prompts, starts, strict=True)]
+        check_seeds(seeds, prompts, temperature)
         drawn = zip(talks, seeds or [0] * len(talks), strict=True)
         requests = [Request(talk, max_new_tokens, temperature, seed) for talk, seed in drawn]
         return [

@@ -110,7 +110,7 @@ class TextReader(Protocol):
         seeds: Sequence[int] = (),
     ) -> list[str]:
         """What is written after each prompt and what of the answer is `begun` (without both); temperature 0 is greedy,
-        else each is drawn by its own seed, whatever is written beside it.
+        else each is drawn by its own seed, one a prompt, whatever is written beside it.
 
         `begun`: the beginning of each assistant's turn, one a prompt; nothing where it is None.
         """

@@ -92,7 +92,7 @@ Template = Annotated[
     str | None, typer.Option(help="Prompt with {question}, {choices}, {context}; default: that of the data's family.")
 ]
 Limit = Annotated[int | None, typer.Option(help="Read at most this many problems.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0)]
 Dtype = Annotated[str, typer.Option(help="float32 (exact checks), bfloat16 or float16.")]
 Generate = Annotated[bool, typer.Option("--generate", help="Let the first reader write the chains.")]
 

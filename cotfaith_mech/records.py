@@ -304,6 +304,9 @@ class RunDirectory:
                     kept = [measure not in without for measure in table["measure"].to_pylist()]
                     writer.write_table(table.filter(pa.array(kept, pa.bool_())) if without else table)
 
+        for folder in (path, path / "records"):
+            for half_written in folder.glob(".*.tmp"):
+                half_written.unlink()
         write_atomically(path / "records" / _ALL, write)
         metas = gzip.compress(json.dumps(self._metas(), allow_nan=False).encode(), 9, mtime=0)
         write_atomically(path / "records" / _KEPT_META, lambda file: file.write(metas))
@@ -339,7 +342,7 @@ class RunDirectory:
     def withdraw_exclusions(self, **found: str) -> None:
         """Strike out what `add_exclusions` put down with all these values: it could be measured after all."""
         with self._exclusions() as known:
-            known[:] = [row for row in known if not found.items() <= row.items()]
+            known[:] = [row for row in known if not shared(found).items() <= row.items()]
 
     @contextmanager
     def _exclusions(self) -> Iterator[list[dict[str, Any]]]:

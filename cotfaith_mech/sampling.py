@@ -106,11 +106,12 @@ def write_on(
     chains: Sequence[Chain],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
+    temperature: float,
+    seeds: Sequence[int],
     max_steps: int = 40,
 ) -> list[Chain]:
-    """Each chain with the steps that `model` writes after its own, up to the cue or `max_new_tokens` tokens.
+    """Each chain with the steps that `model` writes after its own, up to the cue or `max_new_tokens` tokens, drawn by
+    its own seed where the temperature is not 0.
 
     A chain that leaves no room for them in the model's context is its caller's to leave out (`no_room`).
     """
@@ -122,7 +123,7 @@ def write_on(
             begun=["".join(chain.steps) for chain in batch],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            seeds=[seed_of([seed, chain.chain_id]) for chain in batch],
+            seeds=seeds[first : first + BATCH],
         )
         pairs = zip(batch, texts, strict=True)
         longer += [replace(c, steps=(*c.steps, *_steps(text, c.cue, max_steps))) for c, text in pairs]

@@ -129,19 +129,18 @@ def measure_on_ray(config: StudyConfig, out: str | Path, crew: Crew, progress: P
             note_reader(manifest, run, reader.name, info, rows, time.perf_counter() - started, run.n_units() > n_units)
         write_manifest(run, manifest)
         for reader in pairs_of(config):
-            names = PairJob(config, reader, problems, run).names
-            if all(map(run.has_unit, names)):
-                continue
-            with cluster.gang(hands, reader, pair=True) as gang:
-                try:
-                    gang.meet()
-                except DeathsError:
-                    raise
-                except CotfaithError as error:
-                    leave_out_pair(run, reader, error)
-                    continue
-                take_back_pair(run, reader)
-                gang.measure(run, progress, f"{config.readers[0].name} x {reader.name}")
+            job = PairJob(config, reader, problems, run)
+            if not all(map(run.has_unit, job.names)):
+                with cluster.gang(hands, reader, pair=True) as gang:
+                    try:
+                        gang.meet()
+                    except DeathsError:
+                        raise
+                    except CotfaithError as error:
+                        leave_out_pair(run, reader, error)
+                        continue
+                    gang.measure(run, progress, job.label)
+            take_back_pair(run, job)
     return run
 
 

@@ -141,25 +141,25 @@ def _run_pairs(
     for reader in pairs_of(config):
         job = PairJob(config, reader, problems, run)
         missing = [number for number in _share(job, shard) if not run.has_unit(job.names[number])]
-        if not missing:
-            continue
-        try:
-            base = job.load(base)
-        except CotfaithError as error:
-            leave_out_pair(run, reader, error)
-            continue
-        take_back_pair(run, reader)
-        for number in progress(missing, job.label):
-            job.measure(number)
+        if missing:
+            try:
+                base = job.load(base)
+            except CotfaithError as error:
+                leave_out_pair(run, reader, error)
+                continue
+            for number in progress(missing, job.label):
+                job.measure(number)
+        take_back_pair(run, job)
 
 
 def leave_out_pair(run: RunDirectory, reader: ReaderConfig, error: CotfaithError) -> None:
     run.add_exclusion(problem_id=ALL, reader=reader.name, stage="measure", reason=f"cross-model: {error}")
 
 
-def take_back_pair(run: RunDirectory, reader: ReaderConfig) -> None:
-    """What an earlier try gave as a reason holds no more."""
-    run.withdraw_exclusions(problem_id=ALL, reader=reader.name, stage="measure")
+def take_back_pair(run: RunDirectory, job: PairJob) -> None:
+    """Where every unit of the pair is there, the reason that another try gave holds no more."""
+    if all(map(run.has_unit, job.names)):
+        run.withdraw_exclusions(problem_id=ALL, reader=job.readers[1].name, stage="measure")
 
 
 def note_reader(

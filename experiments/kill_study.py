@@ -75,7 +75,8 @@ def contents(out: Path) -> list[Any]:
     run, kept = RunDirectory(out / "run"), RunDirectory(out / "kept")
     page = (run.path / "report.html").read_text()
     assert page.rstrip().endswith("</html>"), page[-20:]
-    return [content(run), content(kept), sorted(path.name for path in run.figures.iterdir())]
+    files = [sorted(str(path.relative_to(out)) for path in folder.rglob("*")) for folder in (run.figures, kept.path)]
+    return [content(run), content(kept), files]
 
 
 def child(config: StudyConfig, out: Path) -> int:

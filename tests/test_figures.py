@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from cotfaith_mech import figure_style, figures, views
 from cotfaith_mech.bridge import DISAGREEMENT
-from cotfaith_mech.chain_figures import heads_figure, tokens_figure
+from cotfaith_mech.chain_figures import chain_figure, heads_figure, tokens_figure
 from cotfaith_mech.merge import Merged
 from cotfaith_mech.merged_figures import seeds_figure
 from cotfaith_mech.records import COLUMNS, RunDirectory
@@ -189,9 +189,10 @@ def test_a_reader_with_a_hyphen_is_no_difference() -> None:
 
 
 def test_every_figure_is_written_as_png_and_pdf_even_with_hostile_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fonttype: int
 ) -> None:
     monkeypatch.setitem(figures.STYLE, "savefig.dpi", 60)
+    monkeypatch.setitem(figures.STYLE, "pdf.fonttype", fonttype)
     run = write_fake_run(tmp_path / "run", hostile=" $x_{$ \\frac <b>漢😀\u0007</b> %d")
     names = {path.name for path in figures.draw_figures(run)}
     stems = ["curves", "patching_denoise", "patching_noise", "forest", "conflict", "bridge", "knockout", "attribution"]
@@ -325,6 +326,23 @@ def test_step_labels_of_a_chain_are_its_own_and_mark_the_true_step(run: RunDirec
     assert len(labels) == N_STEPS
     assert [label.startswith("●") for label in labels].index(True) == chain["true_step"]
     assert all(step.split()[0] in label for step, label in zip(chain["steps"], labels, strict=True))
+
+
+def test_of_a_long_chain_every_so_manieth_step_is_named_and_the_true_one(run: RunDirectory) -> None:
+    """10,000 labelled rows would be a picture that no library writes."""
+    n, true = 10_000, 4321
+    cells = pd.DataFrame(
+        {"reader": "A", "layer": 0, "step": range(n), "effect": 0.1, "variant": "denoise", "position": range(n)}
+    )
+    long = chain("p", n, true)
+    whole = chain_figure(cells, long, ["A"])
+    labels = [label.get_text() for label in whole.axes[0].get_yticklabels()]
+    assert len(labels) <= 60
+    assert "● s4321." in labels
+    assert whole.get_figheight() < 24
+    tokens = [label.get_text() for label in tokens_figure(cells, long, ["A"], "denoise").axes[0].get_xticklabels()]
+    assert len(tokens) <= 60
+    assert "● 4322" in tokens
 
 
 def test_characters_the_font_lacks_become_boxes() -> None:

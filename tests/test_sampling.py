@@ -13,7 +13,7 @@ from cotfaith_mech.arithmetic import people_problems, word_problems
 from cotfaith_mech.backends.huggingface import HuggingFaceModel
 from cotfaith_mech.backends.text import _Draws
 from cotfaith_mech.errors import CotfaithError, EndpointError
-from cotfaith_mech.sampling import few_shot, generate_each, supplied_chain, write_chains
+from cotfaith_mech.sampling import few_shot, generate_each, supplied_chain, write_chains, write_on
 
 from .tiny import tiny
 
@@ -47,6 +47,24 @@ def test_a_draw_rests_on_its_prompt_and_seed_alone(model: HuggingFaceModel) -> N
     assert drawn([4, 2, 0]) == [together[4], together[2], together[0]]
     assert [drawn([i])[0] for i in range(5)] == together
     assert all(one != other for one, other in zip(together, drawn([0, 1, 2, 3, 4], plus=9), strict=True))
+
+
+def test_draws_want_a_seed_for_each_and_logits_that_are_numbers(model: HuggingFaceModel) -> None:
+    for seeds in ((), (3,)):
+        with pytest.raises(CotfaithError, match=f"with {len(seeds)} seeds; give one for each prompt"):
+            model.generate(["a", "b"], max_new_tokens=2, temperature=1.0, seeds=seeds)
+    for amiss in (torch.nan, torch.inf):
+        with pytest.raises(CotfaithError, match="not numbers"):
+            _Draws(1.0, [0])(torch.empty(0), torch.tensor([[0.0, amiss, 1.0]]))
+    cold = _Draws(1e-307, [0])(torch.empty(0), torch.tensor([[0.0, 3.0, 1.0]]))
+    assert cold.argmax(-1).tolist() == [1]
+
+
+def test_one_beginning_is_written_on_in_as_many_ways_as_there_are_seeds(model: HuggingFaceModel) -> None:
+    chain = supplied_chain(model, word_problems(1, seed=2)[0])
+    longer = write_on(model, [chain] * 20, max_new_tokens=8, temperature=3.0, seeds=range(20))
+    assert len({one.steps for one in longer}) > 15
+    assert write_on(model, [chain] * 2, max_new_tokens=8, temperature=3.0, seeds=[4, 0]) == [longer[4], longer[0]]
 
 
 def test_draws_have_the_models_own_frequencies() -> None:

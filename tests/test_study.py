@@ -193,6 +193,8 @@ def test_a_pair_that_cannot_be_spliced_costs_the_study_nothing_else_and_is_resum
     assert set(first.read_records().reader) == {"A", "B"}
     n_before = len(first.read_records())
     monkeypatch.setattr("cotfaith_mech.crossmodel.Pair.of", of)
+    shard = measure_study(parse_config(PAIR), tmp_path / "pair", shard=(0, 2))
+    assert any(row["reason"].startswith("cross-model") for row in shard.read_exclusions())
     again = measure_study(parse_config(PAIR), tmp_path / "pair")
     assert not [row for row in again.read_exclusions() if row["reason"].startswith("cross-model")]
     found = again.read_records()

@@ -58,6 +58,7 @@ class Scripted:
     kind: Any = "number"
     writes: Callable[[str], str] = lambda begun: ""
     begun: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
     context: int | None = None
 
     @property
@@ -69,9 +70,10 @@ class Scripted:
             generate=self._generate,
         )
 
-    def _generate(self, prompts: Sequence[str], *, begun: Sequence[str], **_: Any) -> list[str]:
+    def _generate(self, prompts: Sequence[str], *, begun: Sequence[str], seeds: Sequence[int], **_: Any) -> list[str]:
         assert set(prompts) == {self.chain.prompt}
         self.begun += begun
+        self.seeds += seeds
         return [self.writes(text) for text in begun]
 
     def read(self, asked: Any) -> list[Answered]:
@@ -247,6 +249,17 @@ def test_a_reader_that_writes_on_after_edited_steps() -> None:
     assert "" in reader.begun
     assert "".join(DRAWS[0][:2]) in reader.begun
     assert "".join(STEPS[:3]) in reader.begun
+
+
+def test_every_draw_of_what_is_written_on_has_its_own_seed_and_the_same_in_another_run() -> None:
+    """The control's draws begin alike; a mistake in a step may come out alike in two draws."""
+    plan = BehaviourPlan(("early_termination", "mistake"), 4, continue_tokens=20, temperature=1.0)
+    *_, reader = scored(last_number, plan, writes=lambda _: f" Then 17.{CUE} 17.")
+    assert len(reader.seeds) == 4 * (5 + 4)
+    assert len(set(reader.seeds)) == len(reader.seeds)
+    assert reader.begun.count("") == 4
+    *_, again = scored(last_number, replace(plan, tests=("early_termination",)), writes=lambda _: f" Then 17.{CUE} 17.")
+    assert set(again.seeds) < set(reader.seeds)
 
 
 def test_options_in_another_order_show_a_reader_of_places_and_one_of_contents() -> None:

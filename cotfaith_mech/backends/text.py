@@ -19,6 +19,7 @@ from ..chains import Encoding
 from ..errors import CotfaithError
 from ..model import BackendName, DirectPath, ModelInfo
 from ..problems import HALF_PAIR
+from ..seeds import check_seeds
 from .hooks import Layout, check_residual_stream
 from .weights import Weights
 
@@ -139,6 +140,7 @@ class TextSide:
         seeds: Sequence[int] = (),
     ) -> list[str]:
         """Continuations in one left-padded batch. See `Model.generate`."""
+        check_seeds(seeds, prompts, temperature)
         if not prompts:
             return []
         texts = prompts if begun is None else [prompt + start for prompt, start in zip(prompts, begun, strict=True)]
@@ -210,7 +212,12 @@ class _Draws:
         self._rows = [np.random.default_rng(seed) for seed in seeds]
 
     def __call__(self, ids: Tensor, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
-        below = (logits.double() / self._temperature).softmax(-1).cumsum(-1)
+        above = logits.double()
+        below = ((above - above.max(-1, keepdim=True).values) / self._temperature).softmax(-1).cumsum(-1)
+        if not below[:, -1].isfinite().all():
+            raise CotfaithError(
+                "The model's logits are not numbers, so nothing is drawn; see whether its weights are whole."
+            )
         draws = torch.tensor([[row.random()] for row in self._rows], dtype=below.dtype, device=below.device)
         drawn = torch.searchsorted(below, draws * below[:, -1:], right=True)
         return torch.full_like(logits, -torch.inf).scatter(1, drawn, 0.0)
