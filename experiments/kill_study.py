@@ -110,7 +110,7 @@ def kill_again_and_again(kills: int, seed: int, n_problems: int, folder: Path) -
             process = child(config, out)
             if sum(map(len, at_kill)) < kills and of_run.count(n_units) < MOST_AFTER:
                 if len(of_run) < MOST_WHILE_MEASURING and finished(out) < n_units:
-                    time.sleep(measuring / 2 * rng.random() ** 2)
+                    time.sleep(measuring / 3 * rng.random() ** 2)
                 else:
                     while finished(out) < n_units and os.waitid(os.P_PID, process, QUIETLY) is None:
                         time.sleep(0.01)

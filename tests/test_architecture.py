@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cotfaith_mech"
 
 ORDER = [
-    "errors interrupts markup locks disk privacy replies",
+    "errors interrupts markup locks disk privacy replies seeds",
     "problems chains sites metrics stats answers certificate",
     "arithmetic organisms calculations paraphrase records formats",
     "edits datasets_io inspect_logs model interop",
