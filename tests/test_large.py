@@ -80,7 +80,7 @@ def test_a_model_on_ndif_writes_what_it_writes_here(ndif: tuple[Any, Path]) -> N
     written = [m.generate(prompts, max_new_tokens=7) for m in (ndif[0], model("llama-gqa", "nnsight"))]
     assert written[0] == written[1]
     with pytest.raises(CotfaithError, match="temperature: 0"):
-        ndif[0].generate(prompts, max_new_tokens=7, temperature=1.0)
+        ndif[0].generate(prompts, max_new_tokens=7, temperature=1.0, seeds=[0, 1])
 
 
 def test_requests_to_ndif_name_model_key_and_attention(ndif: tuple[Any, Path], folder: Path) -> None:
