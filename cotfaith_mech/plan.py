@@ -214,9 +214,8 @@ class _Planner:
                 model.tally.rows["requests"] += 1
             else:
                 trunk = Trunk.of(model, chain, kind, labels)
-            return measured_of(self.config, reader, trunk, unit, donors_of(units, number, fitting(model, units)))[
-                0
-            ].records
+            donors = donors_of(units, number, fitting(model, units))
+            return measured_of(self.config, reader, trunk, unit, donors)[0].records
         except CotfaithError:
             return []
 

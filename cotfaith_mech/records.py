@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -304,13 +305,15 @@ class RunDirectory:
                     kept = [measure not in without for measure in table["measure"].to_pylist()]
                     writer.write_table(table.filter(pa.array(kept, pa.bool_())) if without else table)
 
-        for folder in (path, path / "records"):
-            for half_written in folder.glob(".*.tmp"):
-                half_written.unlink()
+        beside = ("chains.jsonl", "exclusions.jsonl", "estimates.parquet")
+        half_written = [(path / "records").glob(".*.tmp")]
+        half_written += [path.glob(f".{name}.*.tmp") for name in (*beside, "manifest.json")]
+        for file in chain.from_iterable(half_written):
+            file.unlink()
         write_atomically(path / "records" / _ALL, write)
         metas = gzip.compress(json.dumps(self._metas(), allow_nan=False).encode(), 9, mtime=0)
         write_atomically(path / "records" / _KEPT_META, lambda file: file.write(metas))
-        for name in ("chains.jsonl", "exclusions.jsonl", "estimates.parquet"):
+        for name in beside:
             if (self.path / name).is_file():
                 content = (self.path / name).read_bytes()
                 write_atomically(path / name, lambda file, content=content: file.write(content))

@@ -197,6 +197,16 @@ def test_unknown_measure():
         record(measure="patchin")
 
 
+def test_a_copy_begun_anew_clears_what_a_kill_left_half_written_and_nothing_of_others(run, tmp_path):
+    run.write_unit("u", [record()], {})
+    for left in ("kept/records/.all.parquet.x.tmp", "kept/.manifest.json.x.tmp", "kept/.mine.tmp"):
+        (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / left).write_text("half")
+    kept = run.compacted(tmp_path / "kept")
+    assert {path.name for path in (kept.path / "records").iterdir()} == {"all.parquet", "units.json.gz"}
+    assert {path.name for path in kept.path.iterdir()} == {"records", "manifest.json", ".mine.tmp"}
+
+
 def test_exclusions_are_written_once(run):
     row = {"problem_id": "p1", "chain_id": None, "reader": "A", "stage": "chains", "reason": "no step"}
     for _ in range(2):
